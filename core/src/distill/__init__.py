@@ -1,0 +1,95 @@
+"""distill: knowledge distillation in PyTorch, configured in one file, extended by plugins.
+
+This page is the whole contract for plugin authors and Python users; everything else may move.
+
+Plugin authors: ``hookimpl``, ``Sample``, ``Batch``, ``Metric``, ``Observer`` and the events it is
+told of, ``DistillError`` and its kinds.
+Python users: ``load`` an experiment, ``check`` it, ``run`` it; ``plugins`` gives the registry to
+create any component by name; ``Capture`` records features of any module of any model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import (
+    ConfigError,
+    DataError,
+    DistillError,
+    NumericalError,
+    PluginError,
+    StorageError,
+)
+from distill.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from distill.config.load import load as load
+    from distill.data.batch import Batch as Batch
+    from distill.data.batch import Sample as Sample
+    from distill.model.capture import Capture as Capture
+    from distill.observer import EpochEnd as EpochEnd
+    from distill.observer import Observer as Observer
+    from distill.observer import RunEnd as RunEnd
+    from distill.observer import RunStart as RunStart
+    from distill.observer import StageEnd as StageEnd
+    from distill.observer import StageStart as StageStart
+    from distill.observer import StepEnd as StepEnd
+    from distill.plugins import plugins as plugins
+    from distill.runner import check as check
+    from distill.runner import run as run
+    from distill.training.metrics import Metric as Metric
+
+# Found on first use, so that `distill --help` does not wait for torch.
+_LAZY = {
+    "Batch": "distill.data.batch",
+    "Capture": "distill.model.capture",
+    "EpochEnd": "distill.observer",
+    "Metric": "distill.training.metrics",
+    "Observer": "distill.observer",
+    "RunEnd": "distill.observer",
+    "RunStart": "distill.observer",
+    "Sample": "distill.data.batch",
+    "StageEnd": "distill.observer",
+    "StageStart": "distill.observer",
+    "StepEnd": "distill.observer",
+    "check": "distill.runner",
+    "load": "distill.config.load",
+    "plugins": "distill.plugins",
+    "run": "distill.runner",
+}
+
+__all__ = [
+    "Batch",
+    "Capture",
+    "ConfigError",
+    "DataError",
+    "DistillError",
+    "EpochEnd",
+    "Metric",
+    "NumericalError",
+    "Observer",
+    "PluginError",
+    "RunEnd",
+    "RunStart",
+    "Sample",
+    "StageEnd",
+    "StageStart",
+    "StepEnd",
+    "StorageError",
+    "check",
+    "hookimpl",
+    "load",
+    "plugins",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'distill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,93 @@
+"""What travels from a data set to a model: Sample (one) and Batch (many)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item of a data set.
+
+    Attributes:
+        input: what the models are called with.
+        target: the label, mask, boxes ...; ``None`` where there is none.
+        index: position in the data set; set by the loader.
+        extras: further values a dataset wrapper adds, reachable as ``extras.<key>``.
+    """
+
+    input: Any
+    target: Any = None
+    index: int = -1
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples put together.
+
+    Attributes:
+        inputs: usually a tensor (B, ...).
+        targets: labels (B,), masks (B, H, W) ...; ``None`` where there are none.
+        index: positions in the data set, int64 (B,).
+        extras: further values by key.
+        share: weight of this process's part, ``len(batch) * processes / global batch size``; the
+            mean over processes of ``share * loss`` is the mean loss of the global batch.
+    """
+
+    inputs: Any
+    targets: Any
+    index: torch.Tensor
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the batch with every tensor on ``device``."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (called by the DataLoader)."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(
+            map_tensors(function, self.inputs),
+            map_tensors(function, self.targets),
+            function(self.index),
+            map_tensors(function, self.extras),
+            self.share,
+        )
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Apply ``function`` to every tensor inside dicts, lists and tuples; keep the rest."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Put samples together as torch's default collate does; targets stay ``None`` if they are."""
+    targets = [sample.target for sample in samples]
+    return Batch(
+        inputs=default_collate([sample.input for sample in samples]),
+        targets=None if targets[0] is None else default_collate(targets),
+        index=torch.tensor([sample.index for sample in samples]),
+        extras=default_collate([dict(sample.extras) for sample in samples])
+        if samples[0].extras
+        else {},
+    )
