@@ -1,0 +1,120 @@
+"""A run on the terminal: one line an epoch, and a moving line between where there is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from time import monotonic
+from typing import TextIO
+
+from distill import EpochEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
+
+SECONDS_BETWEEN_PLAIN_LINES = 30
+
+
+class Console(Observer):
+    """Prints what happens."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stdout
+        self._moving = self._stream.isatty()
+        self._width = 0
+        self._last_line = monotonic()
+        self._seeds = 1
+
+    def run_start(self, event: RunStart) -> None:
+        """Say what runs where."""
+        self._seeds = len(event.seeds)
+        environment = event.environment
+        processes = environment.get("processes", 1)
+        self._line(
+            f"{event.name}: {len(event.stages)} stage{_s(event.stages)}, "
+            f"{self._seeds} seed{_s(event.seeds)}, {environment.get('device')}"
+            f"{f', {processes} processes' if processes != 1 else ''} -> {event.directory}"
+        )
+        for seed, position in event.resumed.items():
+            done = position.stage == len(event.stages)
+            where = "is complete" if done else (
+                f"goes on in stage {event.stages[position.stage]} after epoch {position.epoch}"
+            )
+            self._line(f"seed {seed} {where}")
+
+    def stage_start(self, event: StageStart) -> None:
+        """Name the stage, its student and its teachers."""
+        seed = f"seed {event.position.seed}, " if self._seeds > 1 else ""
+        self._line(
+            f"\n{seed}stage {event.name}: {event.student} ({event.parameters:,} parameters, "
+            f"{event.trainable:,} trained), {event.epochs} epochs of {event.steps} steps"
+        )
+        for role, metrics in event.teachers.items():
+            measured = _metrics(metrics) or "not measured: the stage has no validation data"
+            self._line(f"  {role}: {measured}")
+        for note in event.notes:
+            self._line(f"  note: {note}")
+
+    def step_end(self, event: StepEnd) -> None:
+        """Show losses, speed and remaining time."""
+        done = event.position.step - event.position.epoch * event.steps
+        text = (
+            f"  epoch {event.position.epoch + 1}/{event.epochs} step {done}/{event.steps}  "
+            f"{_losses(event.losses)}  {event.samples_per_second:,.0f} samples/s  "
+            f"{_duration(event.seconds_left)} left"
+        )
+        if self._moving:
+            self._stream.write("\r" + text.ljust(self._width))
+            self._stream.flush()
+            self._width = len(text)
+        elif monotonic() - self._last_line > SECONDS_BETWEEN_PLAIN_LINES:
+            self._line(text)
+
+    def epoch_end(self, event: EpochEnd) -> None:
+        """Show the epoch's means and what the student reaches."""
+        measured = f"  {_metrics(event.metrics)}" if event.metrics else ""
+        best = "  best" if event.is_best and event.position.epoch > 1 else ""
+        self._line(
+            f"  epoch {event.position.epoch}/{event.epochs}  {_losses(event.losses)}{measured}"
+            f"  lr {event.lr:.3g}  {event.samples_per_second:,.0f} samples/s"
+            f"  {event.seconds:.1f} s{best}"
+        )
+
+    def stage_end(self, event: StageEnd) -> None:
+        """Show the test result and where the student lies."""
+        if event.result.test:
+            self._line(f"  test: {_metrics(event.result.test)}")
+        self._line(f"  student: {event.files[0]}")
+
+    def run_end(self, event: RunEnd) -> None:
+        """Show the table."""
+        self._line(f"\n{event.table}\n({event.measured_on})")
+
+    def close(self) -> None:
+        """Leave the cursor on a line of its own."""
+        if self._width:
+            self._line("")
+
+    def _line(self, text: str) -> None:
+        if self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
+        print(text, file=self._stream, flush=True)
+        self._last_line = monotonic()
+
+
+def _losses(losses: Mapping[str, float]) -> str:
+    if len(losses) == 2:  # one term: the total says nothing more
+        losses = {name: loss for name, loss in losses.items() if name != "total"}
+    return " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _s(items: object) -> str:
+    return "" if len(items) == 1 else "s"  # type: ignore[arg-type]

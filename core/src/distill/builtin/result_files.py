@@ -1,0 +1,159 @@
+"""A run as files: metrics as JSON lines, environment, results and a report to read."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill import EpochEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
+
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+RESULTS = "results.json"
+REPORT = "report.md"
+
+
+class ResultFiles(Observer):
+    """Writes into the run's folder."""
+
+    def run_start(self, event: RunStart) -> None:
+        """Take up the metrics where the run goes on, and note what it runs on."""
+        self._start = event
+        self._students: list[Path] = []
+        self._sessions = [*_read_sessions(event.directory), dict(event.environment)]
+        _write_json(event.directory / ENVIRONMENT, self._sessions)
+        kept = _still_valid(event)
+        self._metrics = (event.directory / METRICS).open("w", encoding="utf-8")
+        self._metrics.writelines(kept)
+
+    def stage_start(self, event: StageStart) -> None:
+        """Record the teachers' quality."""
+        self._record("stage_start", event, stage=event.name, teachers=event.teachers)
+
+    def step_end(self, event: StepEnd) -> None:
+        """Record a log line."""
+        self._record(
+            "step",
+            event,
+            stage=event.stage,
+            losses=event.losses,
+            lr=event.lr,
+            samples_per_second=event.samples_per_second,
+        )
+
+    def epoch_end(self, event: EpochEnd) -> None:
+        """Record an epoch."""
+        self._record(
+            "epoch",
+            event,
+            stage=event.stage,
+            losses=event.losses,
+            metrics=event.metrics,
+            lr=event.lr,
+            seconds=event.seconds,
+            samples_per_second=event.samples_per_second,
+            is_best=event.is_best,
+        )
+        self._metrics.flush()
+
+    def stage_end(self, event: StageEnd) -> None:
+        """Record the stage's result."""
+        self._record("stage_end", event, stage=event.result.stage, result=vars(event.result))
+        self._metrics.flush()
+
+    def run_end(self, event: RunEnd) -> None:
+        """Write results and report."""
+        results = [vars(result) for result in event.results]
+        _write_json(self._start.directory / RESULTS, results)
+        report = _report(self._start, event, self._sessions)
+        (self._start.directory / REPORT).write_text(report, encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the metrics."""
+        if hasattr(self, "_metrics"):
+            self._metrics.close()
+
+    def _record(self, kind: str, event: Any, **values: Any) -> None:
+        position = event.position
+        line = {
+            "event": kind,
+            "seed": position.seed,
+            "stage_number": position.stage,
+            "epoch": position.epoch,
+            "step": position.step,
+            **values,
+        }
+        self._metrics.write(json.dumps(line) + "\n")
+
+
+def _still_valid(event: RunStart) -> list[str]:
+    """Return the recorded lines up to where each seed goes on; what came later is done again."""
+    file = event.directory / METRICS
+    if not file.exists():
+        return []
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and _is_before(event, json.loads(line))]
+
+
+def _is_before(event: RunStart, line: Mapping[str, Any]) -> bool:
+    if line["seed"] not in event.resumed:
+        return False
+    position = event.resumed[line["seed"]]
+    place, goes_on = (line["stage_number"], line["epoch"]), (position.stage, position.epoch)
+    if line["event"] == "stage_start":
+        return bool(place[0] < goes_on[0])
+    return bool(place <= goes_on if line["event"] in ("epoch", "stage_end") else place < goes_on)
+
+
+def _read_sessions(directory: Path) -> list[dict[str, Any]]:
+    file = directory / ENVIRONMENT
+    return json.loads(file.read_text("utf-8")) if file.exists() else []
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _report(start: RunStart, end: RunEnd, sessions: list[dict[str, Any]]) -> str:
+    environment = sessions[-1]
+    folder = start.directory
+    students = sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors"))
+    packages = {**environment["packages"]}
+    packages.update({p["distribution"]: p["version"] for p in environment["plugins"]})
+    sections = [
+        f"# {start.name}",
+        f"## Results\n\n{end.table}\n\nMeasured {end.measured_on}.",
+        "## Training\n\n" + _code("\n".join(_command(session) for session in sessions)),
+        "## Evaluation\n\n" + _code(f"distill eval {folder}"),
+        "## Trained students\n\nWeights of the student alone, for `load_state_dict(strict=True)`:\n\n"
+        + "\n".join(f"- `{file}`" for file in students),
+        "## Dependencies\n\n" + _code("\n".join(f"{k}=={v}" for k, v in packages.items() if v)),
+        "## Environment\n\n" + "\n".join(_facts(environment)),
+        "## Experiment file\n\n" + _code(start.files["experiment.yaml"].rstrip(), "yaml"),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _command(session: Mapping[str, Any]) -> str:
+    return f"{shlex.join(session['command'])}  # {session['started']}"
+
+
+def _facts(environment: Mapping[str, Any]) -> list[str]:
+    git = environment["git"]
+    commit = f"{git['commit']}{' with changes' if git['changed'] else ''}" if git else "none"
+    facts = {
+        "Python": environment["python"],
+        "platform": environment["platform"],
+        "device": environment["gpu"] or environment["device"],
+        "cores and threads": f"{environment['cores']}, {environment['threads']}",
+        "processes": environment["processes"],
+        "git commit": commit,
+    }
+    return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _code(text: str, language: str = "") -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,0 +1,62 @@
+"""A run as TensorBoard events, one folder a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from distill import EpochEnd, Observer, RunEnd, RunStart, StepEnd
+
+
+class TensorBoard(Observer):
+    """Writes losses a log line, and losses and metrics an epoch, under ``<run>/tensorboard``."""
+
+    def run_start(self, event: RunStart) -> None:
+        """Remember where to write."""
+        self._root: Path = event.directory / "tensorboard"
+        self._writers: dict[tuple[int, str], SummaryWriter] = {}
+        self._files = event.files
+
+    def step_end(self, event: StepEnd) -> None:
+        """Write a log line's losses and speed."""
+        writer = self._writer(event.position.seed, event.stage)
+        self._scalars(writer, "step", event.losses, event.position.step)
+        speed = event.samples_per_second
+        writer.add_scalar("speed/samples_per_second", speed, event.position.step)
+
+    def epoch_end(self, event: EpochEnd) -> None:
+        """Write an epoch's losses, metrics and learning rate."""
+        writer = self._writer(event.position.seed, event.stage)
+        epoch = event.position.epoch
+        self._scalars(writer, "train", event.losses, epoch)
+        self._scalars(writer, "validation", event.metrics, epoch)
+        writer.add_scalar("train/lr", event.lr, epoch)
+        writer.flush()
+
+    def run_end(self, event: RunEnd) -> None:
+        """Write the table and the experiment as text."""
+        writer = SummaryWriter(str(self._root))
+        writer.add_text("results", f"{event.table}\n\n({event.measured_on})")
+        for name, text in self._files.items():
+            writer.add_text(name, "```yaml\n" + text + "\n```")
+        writer.close()
+
+    def close(self) -> None:
+        """Write what is left."""
+        for writer in getattr(self, "_writers", {}).values():
+            writer.close()
+
+    def _writer(self, seed: int, stage: str) -> SummaryWriter:
+        key = (seed, stage)
+        if key not in self._writers:
+            self._writers[key] = SummaryWriter(str(self._root / f"seed-{seed}" / stage))
+        return self._writers[key]
+
+    @staticmethod
+    def _scalars(
+        writer: SummaryWriter, group: str, values: Mapping[str, float], step: int
+    ) -> None:
+        for name, value in values.items():
+            writer.add_scalar(f"{group}/{name}", value, step)

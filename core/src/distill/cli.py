@@ -1,0 +1,273 @@
+"""The command ``distill``. Torch is imported by the commands that need it, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distill.errors import DistillError
+from distill.registry import SINGULAR
+
+if TYPE_CHECKING:
+    from distill.config.experiment import Experiment
+    from distill.registry import Registry
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Group(click.Group):
+    """Ends every command the same way: a message for the user's mistakes, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DistillError as error:
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(f"{_heading(error)}{error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+            ctx.exit(75)
+
+
+def _heading(error: DistillError) -> str:
+    return "" if getattr(error, "faults", None) else "error: "
+
+
+@click.group(cls=_Group, context_settings=CONTEXT)
+@click.version_option(package_name="distill-core", prog_name="distill")
+def main() -> None:
+    """Distil knowledge from a teacher network into a student.
+
+    One YAML file is one experiment: data, models, stages, losses. Try `distill check exp.yaml`,
+    then `distill run exp.yaml`.
+    """
+
+
+def _plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "-p",
+        "--plugin",
+        "plugin_files",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE.py",
+        help="Load a local Python file as a plugin; may be given several times.",
+    )(command)
+
+
+def _set_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "-s",
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a value of the file, e.g. -s stages.kd.optimizer.params.lr=0.1.",
+    )(command)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_set_option
+@_plugin_option
+@click.option("--runs", default="runs", show_default=True, help="Folder the run's folder goes to.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Train on this machine with several processes (one a GPU, or CPUs). Under torchrun: "
+    "torchrun --nproc-per-node N -m distill run FILE.",
+)
+def run(
+    file: Path,
+    overrides: Sequence[str],
+    plugin_files: Sequence[Path],
+    runs: str,
+    processes: int | None,
+) -> None:
+    """Run an experiment, or go on with one that was stopped.
+
+    Everything goes to runs/<name>/: metrics, TensorBoard events, checkpoints, the students as
+    safetensors, and report.md.
+    """
+    experiment, registry = _open(file, overrides, plugin_files)
+    if processes is not None and "RANK" not in os.environ:
+        from distill.launcher import launch
+        from distill.runner import check
+
+        check(experiment, registry)
+        sys.exit(launch(processes, _without_processes(sys.argv[1:])))
+    from distill.runner import run as run_experiment
+
+    run_experiment(experiment, registry=registry, runs=runs)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_set_option
+@_plugin_option
+@click.option("--data", is_flag=True, help="Open data sets and checkpoints too, and run two samples.")
+def check(
+    file: Path, overrides: Sequence[str], plugin_files: Sequence[Path], data: bool
+) -> None:
+    """Report everything that is wrong with an experiment file, without running it.
+
+    Models are built without memory; data, checkpoints and weights are looked at only with --data.
+    """
+    experiment, registry = _open(file, overrides, plugin_files)
+    from distill.runner import check as check_experiment
+
+    check_experiment(experiment, registry, data=data)
+    click.echo(f"{file}: no faults ({len(experiment.stages)} stages, {len(experiment.models)} models)")
+
+
+@main.command(name="eval")
+@click.argument("source", metavar="RUN|FILE", type=click.Path(path_type=Path))
+@_set_option
+@_plugin_option
+@click.option("--dataset", help="Name of a data set of the file.  [default: the test data]")
+@click.option("--stage", help="Stage whose student or teacher is meant.  [default: the last]")
+@click.option(
+    "--model", default="student", show_default=True, help="student, a teacher's name, or a model's."
+)
+@click.option("--seed", type=int, help="Seed of a run with several.  [default: the first]")
+@click.option(
+    "--weights", type=click.Choice(["last", "best"]), default="last", show_default=True,
+    help="Which of the student's weights.",
+)
+def evaluate(
+    source: Path,
+    overrides: Sequence[str],
+    plugin_files: Sequence[Path],
+    dataset: str | None,
+    stage: str | None,
+    model: str,
+    seed: int | None,
+    weights: str,
+) -> None:
+    """Measure a student or teacher of a run (a folder) or of an experiment file."""
+    from distill.runner import evaluate as evaluate_model
+    from distill.trained import Choice, trained_model
+
+    directory = source if source.is_dir() else None
+    file = source / "resolved.yaml" if directory else source
+    experiment, registry = _open(file, overrides, plugin_files)
+    choice = Choice(model, stage, seed, weights)
+    module, described = trained_model(experiment, registry, choice, directory)
+    on, metrics = evaluate_model(experiment, registry, module, stage=stage, dataset=dataset)
+    click.echo(f"{described}, on data set {on}:")
+    for name, value in metrics.items():
+        click.echo(f"  {name} {value:.4f}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_plugin_option
+def plugins(as_json: bool, plugin_files: Sequence[Path]) -> None:
+    """List installed plugins, what they bring, and what is wrong with the broken ones.
+
+    Long lists are cut; --json has every name.
+    """
+    from distill.plugins import plugins as load_plugins
+
+    registry = load_plugins(plugin_files)
+    if as_json:
+        records = [vars(record) for record in registry.records]
+        click.echo(json.dumps(records, indent=2))
+        return
+    for record in registry.records:
+        state = "BROKEN" if record.error else ""
+        click.echo(f"{record.provider} ({record.name}) {state}".rstrip())
+        if record.error:
+            click.echo(f"  {record.error}")
+        for kind, names in record.components.items():
+            click.echo(f"  {kind.replace('_', ' ')}: {_shortened(names)}")
+    for entries in registry.duplicates():
+        providers = " and ".join(entry.provider for entry in entries)
+        click.echo(f"offered twice: {SINGULAR[entries[0].kind]} {entries[0].name}, by {providers}")
+
+
+@main.command()
+@click.argument("source", metavar="MODEL|FILE")
+@click.option("--input", "shape", metavar="C,H,W", help="Shape of one input, e.g. 3,224,224.")
+@click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="Parameter of MODEL.")
+@click.option("--model", help="Of FILE: only this model.")
+@_set_option
+@_plugin_option
+def inspect(
+    source: str,
+    shape: str | None,
+    params: Sequence[str],
+    model: str | None,
+    overrides: Sequence[str],
+    plugin_files: Sequence[Path],
+) -> None:
+    """Show a model's module paths with output shapes, to choose references from.
+
+    MODEL is the name of a model that a plugin brings; FILE is an experiment, whose models are
+    shown with the shape of its own data unless --input is given.
+    """
+    from distill.inspection import models_of_file, named_model, table
+
+    given = _shape(shape) if shape else None
+    if source.endswith((".yaml", ".yml")) or Path(source).is_file():
+        experiment, registry = _open(Path(source), overrides, plugin_files)
+        shown = models_of_file(experiment, registry, model, given)
+    else:
+        from distill.plugins import plugins as load_plugins
+
+        shown = [named_model(load_plugins(plugin_files), source, params, given)]
+    for text in (table(entry) for entry in shown):
+        click.echo(text)
+
+
+def _open(
+    file: Path, overrides: Sequence[str], plugin_files: Sequence[Path]
+) -> tuple[Experiment, Registry]:
+    """Load plugins and file; report the frame's faults together with those of the components."""
+    from distill.config.load import draft
+    from distill.config.yaml_document import override, read
+    from distill.errors import ConfigError
+    from distill.plugins import plugins as load_plugins
+
+    experiment, faults = draft(override(read(file), overrides))
+    registry = load_plugins(plugin_files)
+    if faults:
+        if experiment is not None:
+            from distill.training.check import check as find_faults
+
+            faults += find_faults(experiment, registry)
+        raise ConfigError(faults)
+    assert experiment is not None
+    return experiment, registry
+
+
+def _without_processes(arguments: Sequence[str]) -> list[str]:
+    """Return the command line for one of several processes."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith("--processes="):
+            skip = False
+        elif argument == "--processes":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _shape(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DistillError(f"--input {text}: write numbers with commas, e.g. 3,224,224") from None
+
+
+def _shortened(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + more

@@ -1,0 +1,1 @@
+"""Text to frozen description; imports no torch."""

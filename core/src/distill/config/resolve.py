@@ -1,0 +1,369 @@
+"""Plain data to Experiment: defaults, inheritance between stages, and names that must exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from distill import reference
+from distill.config.experiment import (
+    Auxiliary,
+    Component,
+    Data,
+    Dataset,
+    Experiment,
+    Model,
+    Stage,
+    Student,
+    Teacher,
+    Term,
+    Test,
+)
+from distill.config.yaml_document import Document, Path, path_text
+from distill.errors import Fault, did_you_mean
+
+DEFAULT_METRICS = ["accuracy"]
+DEFAULT_OBSERVERS = ["Console", "TensorBoard", "ResultFiles"]
+EXPERIMENT_DEFAULTS: dict[str, Any] = {
+    "device": "auto",
+    "log_every": 50,
+    "test": None,
+    "observers": DEFAULT_OBSERVERS,
+}
+STAGE_DEFAULTS: dict[str, Any] = {
+    "teachers": {},
+    "auxiliary": {},
+    "freeze": [],
+    "scheduler": None,
+    "precision": "fp32",
+    "metrics": DEFAULT_METRICS,
+    "keep": "last",
+    "sync_batchnorm": True,
+}
+DATA_DEFAULTS: dict[str, Any] = {"validate": None, "workers": 0, "drop_last": False}
+STAGE_REQUIRED = ("epochs", "data", "student", "criterion", "optimizer")
+DATA_REQUIRED = ("train", "batch_size")
+
+
+@dataclass
+class _StageDraft:
+    """A stage's plain data after inheritance, and where each key was written."""
+
+    name: str
+    path: Path
+    values: dict[str, Any]
+    places: dict[str, Path]
+    origins: dict[str, str]
+
+
+@dataclass
+class _Resolver:
+    document: Document
+    removed: frozenset[Path]
+    faults: list[Fault] = field(default_factory=list)
+
+    def fault(self, path: Path, message: str) -> None:
+        text = path_text(path, self.document.data)
+        self.faults.append(Fault(message, text, self.document.locate(path)))
+
+    def known(self, path: Path, what: str, name: str, names: Iterable[str]) -> None:
+        """Fault a name that the file does not define."""
+        names = list(names)
+        if name not in names:
+            hint = did_you_mean(name, names) or f" (defined: {', '.join(names) or 'none'})"
+            self.fault(path, f"there is no {what} '{name}' in this file{hint}")
+
+    def reference(self, path: Path, text: str) -> reference.Reference | None:
+        try:
+            return reference.parse(text)
+        except ValueError as error:
+            self.fault(path, str(error))
+            return None
+
+
+def resolve(
+    document: Document, removed: frozenset[Path] = frozenset()
+) -> tuple[Experiment | None, list[Fault]]:
+    """Build the experiment from data that fits the schema.
+
+    Args:
+        document: the file; its data must have the schema's form.
+        removed: places already faulted and taken out, whose absence is no fault of its own.
+
+    Returns:
+        The experiment of the stages that are whole (``None`` if none is), and the faults.
+    """
+    resolver = _Resolver(document, removed)
+    data = {**EXPERIMENT_DEFAULTS, **document.data}
+    drafts = [draft for draft in _inherit(resolver) if _complete(resolver, draft)]
+    _check_stage_names(resolver)
+    stages = tuple(_stage(resolver, draft) for draft in drafts)
+    test = _test(resolver, data["test"])
+    seeds = _seeds(resolver)
+    if not stages:
+        return None, resolver.faults
+    experiment = Experiment(
+        name=data["name"],
+        seeds=seeds,
+        device=data["device"],
+        log_every=data["log_every"],
+        datasets={k: _dataset(v, ("datasets", k)) for k, v in data["datasets"].items()},
+        models={k: _model(v, ("models", k)) for k, v in data["models"].items()},
+        stages=stages,
+        test=test,
+        observers=_components(data["observers"], ("observers",)),
+        resolved={
+            **{k: v for k, v in data.items() if not k.startswith("x-") and k != "seed"},
+            "seeds": list(seeds),
+            "stages": [{"name": draft.name, **draft.values} for draft in drafts],
+        },
+        document=document,
+    )
+    return experiment, resolver.faults
+
+
+def _inherit(resolver: _Resolver) -> list[_StageDraft]:
+    """Fill into each stage what it leaves out from the stage before; null clears."""
+    drafts: list[_StageDraft] = []
+    before = _StageDraft("", (), dict(STAGE_DEFAULTS), {}, {})
+    for number, given in enumerate(resolver.document.data["stages"]):
+        path: Path = ("stages", number)
+        written, places = _slots(resolver, path, given)
+        if before.values.get("data") and "data" in written:
+            written["data"] = {**before.values["data"], **written["data"]}
+        elif "data" in written:
+            written["data"] = {**DATA_DEFAULTS, **written["data"]}
+        cleared = {k: STAGE_DEFAULTS[k] for k, v in written.items() if v is None}
+        draft = _StageDraft(
+            given["name"],
+            path,
+            {**before.values, **written, **cleared},
+            {**before.places, **places},
+            {**before.origins, **dict.fromkeys(written, given["name"])},
+        )
+        drafts.append(draft)
+        before = draft
+    return drafts
+
+
+def _slots(
+    resolver: _Resolver, path: Path, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Return a stage's own values and places, one teacher written as several."""
+    values = {k: v for k, v in given.items() if k != "name"}
+    places: dict[str, Path] = {key: (*path, key) for key in values}
+    for key in values.get("data") or {}:
+        places[f"data.{key}"] = (*path, "data", key)
+    if "teacher" in values:
+        if "teachers" in values:
+            resolver.fault((*path, "teachers"), "give either 'teacher' or 'teachers', not both")
+        one = values.pop("teacher")
+        values["teachers"] = {reference.TEACHER: one} if one else {}
+        places["teachers"] = places.pop("teacher")
+        places["teachers.teacher"] = places["teachers"]
+    return values, places
+
+
+def _complete(resolver: _Resolver, draft: _StageDraft) -> bool:
+    data = draft.values.get("data", {})
+    missing = [key for key in STAGE_REQUIRED if key not in draft.values]
+    missing += [f"data.{key}" for key in DATA_REQUIRED if data and key not in data]
+    for key in missing:
+        if not _was_removed(resolver, draft, key):
+            resolver.fault(
+                draft.path, f"'{key}' is missing, and no stage before this one gives it"
+            )
+    return not missing
+
+
+def _was_removed(resolver: _Resolver, draft: _StageDraft, key: str) -> bool:
+    earlier = range(int(draft.path[1]) + 1)
+    return any(("stages", n, *key.split(".")) in resolver.removed for n in earlier)
+
+
+def _check_stage_names(resolver: _Resolver) -> None:
+    names = [stage["name"] for stage in resolver.document.data["stages"]]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            resolver.fault(("stages", number, "name"), f"two stages are called '{name}'")
+
+
+def _stage(resolver: _Resolver, draft: _StageDraft) -> Stage:
+    values, places = draft.values, draft.places
+    teachers = _teachers(resolver, draft)
+    student = Student(values["student"]["model"], places["student"])
+    models = resolver.document.data["models"]
+    resolver.known((*places["student"], "model"), "model", student.model, models)
+    _check_roles(resolver, draft, teachers, student)
+    stage = Stage(
+        name=draft.name,
+        path=draft.path,
+        epochs=values["epochs"],
+        data=_data(resolver, draft),
+        teachers=teachers,
+        student=student,
+        auxiliary=_auxiliary(resolver, draft),
+        freeze=tuple(values["freeze"]),
+        criterion=_criterion(resolver, draft),
+        optimizer=_component(values["optimizer"], places["optimizer"]),
+        scheduler=_component(values["scheduler"], places["scheduler"])
+        if values["scheduler"]
+        else None,
+        precision=values["precision"],
+        metrics=_components(values["metrics"], places.get("metrics", ())),
+        keep=values["keep"],
+        sync_batchnorm=values["sync_batchnorm"],
+        origins=draft.origins,
+        places=places,
+    )
+    if stage.keep == "best" and stage.data.validate is None:
+        resolver.fault(places["keep"], "'best' needs data.validate to measure by")
+    _check_owners(resolver, draft, stage)
+    return stage
+
+
+def _teachers(resolver: _Resolver, draft: _StageDraft) -> dict[str, Teacher]:
+    teachers = {}
+    base = draft.places.get("teachers", ())
+    for role, given in draft.values["teachers"].items():
+        path = draft.places.get(f"teachers.{role}", (*base, role))
+        teachers[role] = Teacher(
+            given["model"], given.get("mode", "eval"), given.get("min_accuracy"), path
+        )
+        names = resolver.document.data["models"]
+        resolver.known((*path, "model"), "model", given["model"], names)
+        validate = draft.values["data"].get("validate")
+        if teachers[role].min_accuracy is not None and validate is None:
+            resolver.fault((*path, "min_accuracy"), "needs data.validate to measure on")
+    return teachers
+
+
+def _check_roles(
+    resolver: _Resolver, draft: _StageDraft, teachers: Mapping[str, Teacher], student: Student
+) -> None:
+    for role, teacher in teachers.items():
+        if role in reference.RESERVED:
+            resolver.fault(teacher.path, f"a teacher cannot be called '{role}'")
+        if teacher.model == student.model:
+            resolver.fault(
+                (*teacher.path, "model"),
+                f"'{student.model}' is this stage's student too; define a second model",
+            )
+    for name in draft.values["auxiliary"]:
+        if name in reference.RESERVED or name in teachers:
+            path = (*draft.places["auxiliary"], name)
+            resolver.fault(path, f"'{name}' already names another value of this stage")
+
+
+def _data(resolver: _Resolver, draft: _StageDraft) -> Data:
+    values = draft.values["data"]
+    for key in ("train", "validate"):
+        if values[key] is not None:
+            names = resolver.document.data["datasets"]
+            resolver.known(draft.places[f"data.{key}"], "data set", values[key], names)
+    return Data(**values, path=draft.places["data"])
+
+
+def _auxiliary(resolver: _Resolver, draft: _StageDraft) -> dict[str, Auxiliary]:
+    """Build the auxiliary modules in an order in which each one's inputs exist."""
+    base = draft.places.get("auxiliary", ())
+    modules = {
+        name: Auxiliary(
+            _component(given, (*base, name)), _inputs(resolver, given, (*base, name))
+        )
+        for name, given in draft.values["auxiliary"].items()
+    }
+    needs = {
+        name: {r.owner for r in module.inputs.values() if r.owner in modules}
+        for name, module in modules.items()
+    }
+    try:
+        return {name: modules[name] for name in TopologicalSorter(needs).static_order()}
+    except CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        resolver.fault(base, f"these modules feed each other in a circle: {circle}")
+        return modules
+
+
+def _criterion(resolver: _Resolver, draft: _StageDraft) -> dict[str, Term]:
+    base = draft.places["criterion"]
+    return {
+        name: Term(
+            _component(given, (*base, name)),
+            _inputs(resolver, given, (*base, name)),
+            float(given.get("weight", 1.0)),
+        )
+        for name, given in draft.values["criterion"].items()
+    }
+
+
+def _inputs(
+    resolver: _Resolver, given: Mapping[str, Any], path: Path
+) -> dict[str, reference.Reference]:
+    parsed = {
+        key: resolver.reference((*path, "inputs", key), text)
+        for key, text in given.get("inputs", {}).items()
+    }
+    return {key: value for key, value in parsed.items() if value is not None}
+
+
+def _check_owners(resolver: _Resolver, draft: _StageDraft, stage: Stage) -> None:
+    """Fault references to models and modules that this stage does not have."""
+    owners = [*reference.RESERVED, *stage.teachers, *stage.auxiliary]
+    wired: list[tuple[Path, Mapping[str, reference.Reference]]] = [
+        (part.component.path, part.inputs)
+        for part in (*stage.auxiliary.values(), *stage.criterion.values())
+    ]
+    for path, inputs in wired:
+        for key, ref in inputs.items():
+            if ref.owner not in owners:
+                hint = did_you_mean(ref.owner, owners) or f" (there are: {', '.join(owners)})"
+                where = f"stage '{draft.name}' has no '{ref.owner}'"
+                resolver.fault((*path, "inputs", key), where + hint)
+
+
+def _test(resolver: _Resolver, given: Mapping[str, Any] | None) -> Test | None:
+    if given is None:
+        return None
+    path: Path = ("test",)
+    names = resolver.document.data["datasets"]
+    resolver.known((*path, "dataset"), "data set", given["dataset"], names)
+    if "baseline" in given:
+        stages = [stage["name"] for stage in resolver.document.data["stages"]]
+        resolver.known((*path, "baseline"), "stage", given["baseline"], stages)
+    metrics = _components(given.get("metrics", DEFAULT_METRICS), (*path, "metrics"))
+    return Test(given["dataset"], metrics, given.get("baseline"), path)
+
+
+def _seeds(resolver: _Resolver) -> tuple[int, ...]:
+    data = resolver.document.data
+    if "seed" in data and "seeds" in data:
+        resolver.fault(("seeds",), "give either 'seed' or 'seeds', not both")
+    return tuple(data.get("seeds", [data.get("seed", 0)]))
+
+
+def _dataset(given: Mapping[str, Any], path: Path) -> Dataset:
+    transforms = _components(given.get("transforms", []), (*path, "transforms"))
+    return Dataset(_component(given, path), transforms)
+
+
+def _model(given: Mapping[str, Any], path: Path) -> Model:
+    return Model(_component(given, path), given.get("checkpoint"), given.get("seed", 0))
+
+
+def _components(given: Iterable[Any], path: Path) -> tuple[Component, ...]:
+    return tuple(_component(item, (*path, number)) for number, item in enumerate(given))
+
+
+def _component(given: Mapping[str, Any] | str, path: Path) -> Component:
+    if isinstance(given, str):
+        return Component(given, {}, path)
+    return Component(given["type"], given.get("params", {}), path)
+
+
+def with_seed(experiment: Experiment, seed: int) -> Experiment:
+    """Return the same experiment for one seed alone."""
+    resolved = {**experiment.resolved, "seeds": [seed]}
+    return replace(experiment, seeds=(seed,), resolved=resolved)

@@ -1,0 +1,203 @@
+"""The frame of an experiment file as a JSON Schema, and its violations as faults people read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jsonschema
+
+from distill.config.yaml_document import Document, Path, path_text
+from distill.errors import Fault, did_you_mean
+from distill.signature import show
+
+Schema = dict[str, Any]
+
+NAME = r"[A-Za-z_][A-Za-z0-9_-]{0,63}"
+"""Names inside a file: no dot, since dots part the segments of references and overrides."""
+
+
+def _mapping(properties: Schema, *required: str, **more: Any) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+        **more,
+    }
+
+
+def _named(items: Schema, **more: Any) -> Schema:
+    return {
+        "type": "object",
+        "propertyNames": {"pattern": f"^{NAME}$"},
+        "additionalProperties": items,
+        **more,
+    }
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+TEXT: Schema = {"type": "string", "minLength": 1}
+FLAG: Schema = {"type": "boolean"}
+COUNT: Schema = {"type": "integer", "minimum": 1}
+SEED: Schema = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
+NAMED: Schema = {"type": "string", "pattern": f"^{NAME}$"}
+
+_PARTS: Schema = {"type": TEXT, "params": {"type": "object"}}
+COMPONENT = _mapping(_PARTS, "type")
+COMPONENT_OR_NAME: Schema = {**COMPONENT, "type": ["object", "string"]}
+WIRING: Schema = {"type": "object", "additionalProperties": TEXT}
+DATASET = _mapping({**_PARTS, "transforms": {"type": "array", "items": COMPONENT_OR_NAME}}, "type")
+MODEL = _mapping({**_PARTS, "checkpoint": TEXT, "seed": SEED}, "type")
+TEACHER = _mapping(
+    {
+        "model": NAMED,
+        "mode": {"enum": ["eval", "train"]},
+        "min_accuracy": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "model",
+)
+AUXILIARY = _mapping({**_PARTS, "inputs": WIRING}, "type")
+TERM = _mapping({**_PARTS, "inputs": WIRING, "weight": {"type": "number"}}, "type")
+DATA = _mapping(
+    {
+        "train": NAMED,
+        "validate": {"type": ["string", "null"], "pattern": f"^{NAME}$"},
+        "batch_size": COUNT,
+        "workers": {"type": "integer", "minimum": 0},
+        "drop_last": FLAG,
+    }
+)
+METRICS: Schema = {"type": "array", "items": COMPONENT_OR_NAME}
+STAGE = _mapping(
+    {
+        "name": NAMED,
+        "epochs": COUNT,
+        "data": DATA,
+        "teacher": _or_null(TEACHER),
+        "teachers": _or_null(_named(TEACHER)),
+        "student": _mapping({"model": NAMED}, "model"),
+        "auxiliary": _or_null(_named(AUXILIARY)),
+        "freeze": {"type": ["array", "null"], "items": TEXT},
+        "criterion": _named(TERM, minProperties=1),
+        "optimizer": COMPONENT,
+        "scheduler": _or_null(COMPONENT),
+        "precision": {"enum": ["fp32", "bf16", "fp16"]},
+        "metrics": METRICS,
+        "keep": {"enum": ["last", "best"]},
+        "sync_batchnorm": FLAG,
+    },
+    "name",
+)
+TEST = _mapping({"dataset": NAMED, "metrics": METRICS, "baseline": NAMED}, "dataset")
+EXPERIMENT: Schema = {
+    **_mapping(
+        {
+            "name": {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
+            "seed": SEED,
+            "seeds": {"type": "array", "items": SEED, "minItems": 1, "uniqueItems": True},
+            "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?|mps)$"},
+            "log_every": COUNT,
+            "datasets": _named(DATASET, minProperties=1),
+            "models": _named(MODEL, minProperties=1),
+            "stages": {"type": "array", "items": STAGE, "minItems": 1},
+            "test": _or_null(TEST),
+            "observers": {"type": "array", "items": COMPONENT_OR_NAME},
+        },
+        "name",
+        "datasets",
+        "models",
+        "stages",
+    ),
+    # A place of one's own for anchors.
+    "patternProperties": {"^x-": {}},
+}
+
+
+# The standard takes 3.0 for an integer; a person who wrote it meant something else.
+_CHECKER = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+    "integer", lambda _, value: type(value) is int
+)
+_VALIDATOR = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator, type_checker=_CHECKER
+)(EXPERIMENT)
+
+
+def frame_faults(document: Document) -> list[tuple[Path, Fault]]:
+    """Return every violation of the frame with the path of the value to blame."""
+    return [
+        (path, Fault(message, path_text(path, document.data), document.locate(path)))
+        for error in _VALIDATOR.iter_errors(document.data)
+        for path, message in _messages(error)
+    ]
+
+
+def _messages(error: jsonschema.ValidationError) -> Iterator[tuple[Path, str]]:
+    path = tuple(error.absolute_path)
+    if error.validator == "additionalProperties":
+        for key in error.instance:
+            if not _known(key, error.schema):
+                yield (*path, key), _unknown_key(key, error.schema["properties"])
+    elif error.validator == "required":
+        for key in error.validator_value:
+            if key not in error.instance and not _misspelt(key, error):
+                yield path, f"the key '{key}' is missing"
+    elif "propertyNames" in error.schema_path:
+        yield (*path, error.instance), f"'{error.instance}' is no name; {_NAME_RULE}"
+    else:
+        yield path, _wrong_value(error)
+
+
+def _known(key: str, schema: Mapping[str, Any]) -> bool:
+    return key in schema["properties"] or ("patternProperties" in schema and key.startswith("x-"))
+
+
+def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
+    return f"unknown key '{key}'" + (did_you_mean(key, known) or f" (known: {', '.join(known)})")
+
+
+def _misspelt(missing: str, error: jsonschema.ValidationError) -> bool:
+    """Whether an unknown key stands there in place of the missing one: one mistake, one fault."""
+    unknown = [key for key in error.instance if not _known(key, error.schema)]
+    return any(did_you_mean(key, [missing]) for key in unknown)
+
+
+_NAME_RULE = "use letters, digits, _ and -, beginning with a letter"
+_KINDS = {
+    "object": "a mapping",
+    "array": "a list",
+    "string": "text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "null",
+}
+
+
+def _wrong_value(error: jsonschema.ValidationError) -> str:
+    limit, got = error.validator_value, show(error.instance)
+    if error.validator == "type":
+        kinds = [limit] if isinstance(limit, str) else limit
+        return f"expected {' or '.join(_KINDS[kind] for kind in kinds)}, got {got}"
+    if error.validator == "enum":
+        nearest = did_you_mean(str(error.instance), limit)
+        return f"expected one of {', '.join(limit)}, got {got}{nearest}"
+    if error.validator == "pattern":
+        return f"'{error.instance}' does not fit here; {_PATTERN_RULES.get(limit, _NAME_RULE)}"
+    return {
+        "minimum": f"must be at least {limit}, got {got}",
+        "maximum": f"must be at most {limit}, got {got}",
+        "minItems": "the list is empty",
+        "minProperties": "is empty",
+        "minLength": "the text is empty",
+        "uniqueItems": "the list names something twice",
+    }[str(error.validator)]
+
+
+_PATTERN_RULES = {
+    EXPERIMENT["properties"]["name"]["pattern"]: "a run's name is up to 64 letters, digits, . _ -",
+    EXPERIMENT["properties"]["device"]["pattern"]: "expected auto, cpu, cuda, cuda:<n> or mps",
+}

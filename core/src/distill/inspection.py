@@ -1,0 +1,144 @@
+"""The module paths of a model with what goes in and out, to choose references from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.config.experiment import Experiment
+from distill.config.yaml_document import override, parse
+from distill.data.batch import map_tensors
+from distill.data.loader import sample_batch
+from distill.errors import DistillError, did_you_mean
+from distill.model.wiring import describe
+from distill.registry import Registry
+from distill.signature import bind
+from distill.training.build import Builder
+
+
+@dataclass(frozen=True)
+class Row:
+    """One submodule: what it gives and takes, and its parameters with those inside it."""
+
+    path: str
+    kind: str
+    output: str
+    input: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model by name, what it was called with, and its submodules in order."""
+
+    name: str
+    inputs: str
+    output: str
+    rows: Sequence[Row]
+
+
+def inspect_model(name: str, model: nn.Module, inputs: Any) -> Inspected:
+    """Run the model once and note every submodule's shapes.
+
+    Raises:
+        DistillError: if the model cannot take these inputs.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    modules = [(path, module) for path, module in model.named_modules() if path]
+    handles = [module.register_forward_hook(_recorder(seen, path)) for path, module in modules]
+    try:
+        with torch.no_grad():
+            output = model.eval()(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DistillError(f"{name} cannot take inputs {describe(inputs)}: {text}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = [
+        Row(path, type(module).__name__, *seen.get(path, ("did not run", "")), _size(module))
+        for path, module in modules
+    ]
+    return Inspected(name, describe(inputs), describe(output), rows)
+
+
+def named_model(
+    registry: Registry, name: str, params: Sequence[str], shape: Sequence[int] | None
+) -> Inspected:
+    """Inspect a model that a plugin brings.
+
+    Raises:
+        DistillError: if there is no such model, a parameter does not fit, or no shape is given.
+    """
+    if shape is None:
+        raise DistillError("give the shape of one input, e.g. --input 3,224,224")
+    factory = registry.find("models", name).factory
+    binding = bind(factory, override(parse("{}"), params).data)
+    if binding.problems:
+        raise DistillError("; ".join(problem.message for problem in binding.problems))
+    try:
+        return _inspect(name, lambda: factory(**binding.arguments), torch.zeros(2, *shape))
+    except (TypeError, ValueError) as error:
+        raise DistillError(f"{name} cannot be built: {error}") from error
+
+
+def models_of_file(
+    experiment: Experiment, registry: Registry, only: str | None, shape: Sequence[int] | None
+) -> list[Inspected]:
+    """Inspect the models of a file, with inputs of its own training data or of a given shape."""
+    if only is not None and only not in experiment.models:
+        hint = did_you_mean(only, experiment.models)
+        raise DistillError(f"there is no model '{only}' in {experiment.document.file}{hint}")
+    builder = Builder(experiment, registry)
+    if shape is None:
+        source = builder.source(experiment.stages[0].data.train)
+        inputs = sample_batch(source, 2, experiment.seeds[0]).inputs
+    else:
+        inputs = torch.zeros(2, *shape)
+    chosen = {n: m for n, m in experiment.models.items() if only in (None, n)}
+    return [
+        _inspect(name, partial(builder.component, "models", model.component), inputs)
+        for name, model in chosen.items()
+    ]
+
+
+def _inspect(name: str, build: Callable[[], nn.Module], inputs: Any) -> Inspected:
+    """Inspect without memory or weights if the model can be run so, else with both."""
+    try:
+        with torch.device("meta"):
+            return inspect_model(name, build(), map_tensors(lambda t: t.to("meta"), inputs))
+    except (DistillError, RuntimeError):
+        return inspect_model(name, build(), inputs)
+
+
+def table(inspected: Inspected) -> str:
+    """Return the submodules as lines of text, the longest columns aligned."""
+    header = Row("path", "class", "output", "input", 0)
+    rows = [header, *inspected.rows]
+    widths = [max(len(getattr(row, column)) for row in rows) for column in _COLUMNS]
+    lines = [f"{inspected.name}: {inspected.inputs} -> {inspected.output}"]
+    for row in rows:
+        cells = [getattr(row, c).ljust(w) for c, w in zip(_COLUMNS, widths, strict=True)]
+        count = "parameters" if row is header else f"{row.parameters:,}"
+        lines.append(f"  {'  '.join(cells)}  {count:>11}")
+    return "\n".join(lines)
+
+
+_COLUMNS = ("path", "kind", "output", "input")
+
+
+def _recorder(seen: dict[str, tuple[str, str]], path: str) -> Callable[..., None]:
+    def record(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls = f"{seen[path][0]}; " if path in seen else ""
+        seen[path] = (calls + describe(output), describe(args[0]) if args else "")
+
+    return record
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

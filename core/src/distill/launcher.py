@@ -1,0 +1,33 @@
+"""Start several processes of one command on this machine, as torchrun does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run ``python -m distill <arguments>`` in ``processes`` processes; return an exit code."""
+    # Without this, torch's shared store makes some groups fail to form.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "distill", *arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return int(failure.exitcode) if failure.exitcode > 0 else 70
+    return 0

@@ -1,0 +1,101 @@
+"""Reference -> value: which module takes which values, decided once and followed every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.data.batch import map_tensors
+from distill.errors import DistillError, did_you_mean
+
+Values = dict[str, Any]
+"""Every value of a step under the reference that names it."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a reference's value is found: a value's name, then keys into it."""
+
+    text: str
+    value: str
+    keys: tuple[str, ...] = ()
+
+    def read(self, values: Values) -> Any:
+        """Return the value.
+
+        Raises:
+            DistillError: if a key is not in the output.
+        """
+        value = values[self.value]
+        for key in self.keys:
+            value = self._item(value, key)
+        return value
+
+    def _item(self, value: Any, key: str) -> Any:
+        if isinstance(value, Mapping) and key in value:
+            return value[key]
+        if isinstance(value, (list, tuple)) and key.isdigit() and int(key) < len(value):
+            return value[int(key)]
+        if isinstance(value, Mapping):
+            offered = [str(k) for k in value]
+            hint = did_you_mean(key, offered) or f" (it has: {', '.join(offered)})"
+        else:
+            hint = f"; it is {describe(value)}"
+        raise DistillError(f"'{self.text}': '{self.value}' has no part '{key}'{hint}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One auxiliary module or loss and the addresses of what its ``forward`` takes."""
+
+    name: str
+    module: nn.Module
+    arguments: Mapping[str, Address]
+
+    def __call__(self, values: Values) -> Any:
+        arguments = {name: address.read(values) for name, address in self.arguments.items()}
+        try:
+            return self.module(**arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CallError(self.module, self._given(arguments), error) from error
+
+    def _given(self, arguments: Mapping[str, Any]) -> str:
+        return ", ".join(
+            f"{name}={self.arguments[name].text} {describe(value)}"
+            for name, value in arguments.items()
+        )
+
+
+class CallError(DistillError):
+    """An auxiliary module or loss, ``module``, failed on what it was given."""
+
+    def __init__(self, module: nn.Module, given: str, error: Exception):
+        self.module = module
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        super().__init__(f"{type(module).__name__} failed on {given}: {text}")
+
+
+def describe(value: Any) -> str:
+    """Describe a value by its shape."""
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(describe(item) for item in value)}]"
+    return type(value).__name__
+
+
+def to_float32(value: Any) -> Any:
+    """Return ``value`` with every tensor of reduced precision as float32."""
+    return map_tensors(_widen, value)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

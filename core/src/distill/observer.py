@@ -1,0 +1,154 @@
+"""What a run tells its observers: console, TensorBoard, result files, or a plugin's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in a run: ``stage`` by number; ``epoch`` and ``step`` count what is done."""
+
+    seed: int
+    stage: int
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """A run begins or goes on.
+
+    Attributes:
+        resumed: seed -> where it goes on; what was recorded behind that place is void.
+        files: name -> text of the experiment as given and as resolved.
+    """
+
+    name: str
+    directory: Path
+    seeds: Sequence[int]
+    stages: Sequence[str]
+    environment: Mapping[str, Any]
+    files: Mapping[str, str]
+    resumed: Mapping[int, Position] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """A stage begins; ``teachers`` holds each teacher's measured quality by role."""
+
+    position: Position
+    name: str
+    epochs: int
+    steps: int
+    student: str
+    parameters: int
+    trainable: int
+    teachers: Mapping[str, Numbers]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """A log line: mean losses since the last one, and speed."""
+
+    position: Position
+    stage: str
+    epochs: int
+    steps: int
+    losses: Numbers
+    lr: float
+    samples_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch is over: its mean losses and what the student reaches on the validation data."""
+
+    position: Position
+    stage: str
+    epochs: int
+    losses: Numbers
+    metrics: Numbers
+    lr: float
+    seconds: float
+    samples_per_second: float
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage left behind.
+
+    Attributes:
+        validation: metrics of the last epoch.
+        best: metrics of the best epoch.
+        best_epoch: its number from 1, 0 without validation data.
+        test: metrics of the kept student on the test data.
+    """
+
+    seed: int
+    stage: str
+    student: str
+    parameters: int
+    epochs: int
+    seconds: float
+    validation: Numbers = field(default_factory=dict)
+    best: Numbers = field(default_factory=dict)
+    best_epoch: int = 0
+    test: Numbers = field(default_factory=dict)
+    teachers: Mapping[str, Numbers] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """A stage is over and its student is written."""
+
+    position: Position
+    result: StageResult
+    files: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """Every stage of every seed is over.
+
+    Attributes:
+        table: the summary in Markdown.
+        measured_on: what its numbers are measured on, in words.
+    """
+
+    results: Sequence[StageResult]
+    table: str
+    measured_on: str
+
+
+class Observer:
+    """Is told of a run as it goes, on the main process only; override what you need."""
+
+    def run_start(self, event: RunStart) -> None:
+        """A run begins or goes on."""
+
+    def stage_start(self, event: StageStart) -> None:
+        """A stage begins."""
+
+    def step_end(self, event: StepEnd) -> None:
+        """A log line is due."""
+
+    def epoch_end(self, event: EpochEnd) -> None:
+        """An epoch is over."""
+
+    def stage_end(self, event: StageEnd) -> None:
+        """A stage is over."""
+
+    def run_end(self, event: RunEnd) -> None:
+        """The run is complete."""
+
+    def close(self) -> None:
+        """The run is over, complete or not; release files."""

@@ -1,0 +1,42 @@
+"""Every random choice is a function of its position, so that no generator state is ever stored.
+
+(seed, epoch, sample) for data and augmentation, (seed, step, rank) for the rest: the number of
+loader workers does not matter, and a resumed run draws what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+
+def derive(seed: int, *position: int | str) -> int:
+    """Return a 63-bit seed for one purpose and place, e.g. ``derive(7, "order", epoch)``."""
+    text = repr((seed, *position)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seed_sample(seed: int, epoch: int, index: int) -> None:
+    """Seed what transforms draw from: torch, Python's random and numpy's global generator."""
+    value = derive(seed, "sample", epoch, index)
+    torch.default_generator.manual_seed(value)
+    random.seed(value)
+    numpy.random.seed(value & 0xFFFFFFFF)
+
+
+def seed_step(seed: int, stage: str, step: int, rank: int) -> None:
+    """Seed what models and losses draw from in one step: torch, on every device."""
+    torch.manual_seed(derive(seed, "step", stage, step, rank))
+
+
+@contextmanager
+def seeded(seed: int, *position: int | str) -> Iterator[None]:
+    """Let torch draw from one position, and leave its generators as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, *position))
+        yield

@@ -1,0 +1,130 @@
+"""Kind and name -> factory, and who provides it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from distill.errors import PluginError, did_you_mean
+from distill.hookspecs import Factory
+
+SINGULAR = {
+    "losses": "loss",
+    "auxiliary_modules": "auxiliary module",
+    "datasets": "data set",
+    "transforms": "transform",
+    "models": "model",
+    "metrics": "metric",
+    "optimizers": "optimizer",
+    "schedulers": "scheduler",
+    "observers": "observer",
+}
+"""Every kind of component, and what one of it is called in messages."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A component on offer."""
+
+    kind: str
+    name: str
+    factory: Factory
+    provider: str
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """A plugin that was found, working or not.
+
+    Attributes:
+        name: its entry-point name, or the path of a local file.
+        distribution: the package it comes from.
+        version: of that package.
+        components: kind -> names on offer.
+        error: why it cannot be used; ``None`` if it can.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    components: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def provider(self) -> str:
+        return f"{self.distribution} {self.version}".strip()
+
+
+class Registry:
+    """What all plugins offer. A duplicate or broken offer stops only who asks for it."""
+
+    def __init__(self, entries: Iterable[Entry], records: Sequence[PluginRecord] = ()):
+        self.records = tuple(records)
+        self._entries: dict[str, dict[str, list[Entry]]] = {kind: {} for kind in SINGULAR}
+        for entry in entries:
+            self._entries[entry.kind].setdefault(entry.name, []).append(entry)
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names on offer of one kind, sorted."""
+        return sorted(self._of(kind))
+
+    def duplicates(self) -> list[list[Entry]]:
+        """Return the offers that stand under one name and kind twice."""
+        return [e for kind in self._entries.values() for e in kind.values() if len(e) > 1]
+
+    def find(self, kind: str, name: str) -> Entry:
+        """Return the one offer of ``name``.
+
+        Raises:
+            PluginError: if nobody offers it, or two do; the message names the nearest names, the
+                package that would bring it, and broken plugins that might.
+        """
+        offers = self._of(kind).get(name, [])
+        if not offers:
+            raise PluginError(self._unknown(kind, name))
+        if len(offers) > 1:
+            providers = " and ".join(entry.provider for entry in offers)
+            raise PluginError(
+                f"{SINGULAR[kind]} '{name}' is offered by {providers}; uninstall one of them"
+            )
+        return offers[0]
+
+    def create(self, kind: str, name: str, /, *args: Any, **params: Any) -> Any:
+        """Build the component ``name``, e.g. ``create("losses", "KDLoss", temperature=4.0)``."""
+        return self.find(kind, name).factory(*args, **params)
+
+    def _of(self, kind: str) -> dict[str, list[Entry]]:
+        if kind not in self._entries:
+            raise PluginError(
+                f"there is no kind of component '{kind}'{did_you_mean(kind, SINGULAR)}"
+                f" (kinds: {', '.join(SINGULAR)})"
+            )
+        return self._entries[kind]
+
+    def _unknown(self, kind: str, name: str) -> str:
+        message = f"there is no {SINGULAR[kind]} '{name}'" + did_you_mean(name, self._of(kind))
+        others = [SINGULAR[k] for k, offers in self._entries.items() if k != kind and name in offers]
+        if others:
+            message += f"; '{name}' is the name of a {others[0]}"
+        package = known_components().get(kind, {}).get(name)
+        installed = {record.distribution for record in self.records if record.error is None}
+        if package and package not in installed:
+            message += f"; it comes with the package {package}: pip install {package}"
+        for record in self.records:
+            if record.error is not None:
+                message += f"; plugin {record.provider} is broken and might bring it: {record.error}"
+        return message
+
+
+def known_components() -> dict[str, dict[str, str]]:
+    """Return kind -> name -> package of the components this project publishes outside core."""
+    text = resources.files("distill").joinpath("known_components.json").read_text("utf-8")
+    packages: dict[str, dict[str, list[str]]] = json.loads(text)
+    known: dict[str, dict[str, str]] = {}
+    for package, kinds in packages.items():
+        for kind, names in kinds.items():
+            known.setdefault(kind, {}).update(dict.fromkeys(names, package))
+    return known

@@ -1,0 +1,106 @@
+"""The folder of a run: one process at a time, one experiment, never overwritten by another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from distill import distributed
+from distill.config.experiment import Experiment
+from distill.errors import ConfigError, Fault, StorageError
+from distill.training.checkpoint import write_atomically
+
+GIVEN = "experiment.yaml"
+RESOLVED = "resolved.yaml"
+
+
+@contextmanager
+def open_run(root: Path, experiment: Experiment) -> Iterator[Path]:
+    """Take hold of the experiment's folder under ``root``, new or from a stopped run.
+
+    Raises:
+        ConfigError: if a run of this name was started from another file; it names the keys.
+        StorageError: if another process works in it.
+    """
+    directory = root / experiment.name
+    if not distributed.is_main():
+        yield directory
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StorageError(f"another process is running in {directory}") from None
+    try:
+        _claim(directory, experiment)
+        yield directory
+    finally:
+        lock.release()
+
+
+def seed_directory(directory: Path, experiment: Experiment, seed: int) -> Path:
+    """Return where one seed's checkpoint and students go: the run's folder if there is only one."""
+    return directory if len(experiment.seeds) == 1 else directory / f"seed-{seed}"
+
+
+def resolved_text(experiment: Experiment) -> str:
+    """Return the experiment with defaults and inheritance filled in, itself a valid file."""
+    text: str = yaml.safe_dump(_plain(experiment.resolved), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _claim(directory: Path, experiment: Experiment) -> None:
+    resolved = directory / RESOLVED
+    if resolved.exists():
+        before = yaml.safe_load(resolved.read_text("utf-8"))
+        changes = list(_changes(before, _plain(experiment.resolved), ""))
+        if changes:
+            raise ConfigError([_changed(directory, experiment, changes)])
+        return
+    text = experiment.document.text
+    write_atomically(directory / GIVEN, lambda file: file.write_text(text, "utf-8"))
+    write_atomically(
+        resolved, lambda file: file.write_text(resolved_text(experiment), "utf-8")
+    )
+
+
+def _changed(directory: Path, experiment: Experiment, changes: list[str]) -> Fault:
+    listed = "".join(f"\n  {change}" for change in changes)
+    return Fault(
+        f"{directory} holds a run of another version of this file; give this one another name, or "
+        f"move that run away. What differs:{listed}",
+        "name",
+        experiment.document.locate(("name",)),
+    )
+
+
+def _changes(before: Any, now: Any, path: str) -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{path}.{key}".lstrip(".")
+            yield from _changes(before.get(key), now.get(key), inner)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (old, new) in enumerate(zip(before, now, strict=True)):
+            name = new.get("name") if isinstance(new, Mapping) else None
+            yield from _changes(old, new, f"{path}.{name}" if name else f"{path}[{number}]")
+    elif before != now:
+        yield f"{path}: {_short(before)} -> {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value) if not isinstance(value, (dict, list)) else f"{type(value).__name__} {value}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,261 @@
+"""Experiment -> stages in order -> results: the only place that knows the whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill import distributed
+from distill.config.experiment import Experiment
+from distill.data.loader import Source
+from distill.environment import describe_environment
+from distill.errors import ConfigError, DistillError, did_you_mean
+from distill.observer import Observer, Position, RunEnd, RunStart, StageResult
+from distill.plugins import plugins
+from distill.registry import Registry
+from distill.run_directory import GIVEN, RESOLVED, open_run, resolved_text, seed_directory
+from distill.summary import measured_on, summary_table
+from distill.training.build import Builder
+from distill.training.check import check as find_faults
+from distill.trained import Choice, find_stage, trained_model
+from distill.training.checkpoint import load_state
+from distill.training.rehearsal import rehearse
+from distill.training.stage import roles_in_force
+from distill.training.trainer import SeedRun, Tell, measure, train_stage
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        stages: one result for each stage of each seed.
+        table: the summary in Markdown.
+    """
+
+    experiment: Experiment
+    registry: Registry
+    directory: Path
+    stages: Sequence[StageResult]
+    table: str
+
+    def student(
+        self, stage: str | None = None, seed: int | None = None, weights: str = "last"
+    ) -> nn.Module:
+        """Return a trained student on the CPU: by default the last stage's, of the first seed."""
+        choice = Choice("student", stage, seed, weights)
+        return trained_model(self.experiment, self.registry, choice, self.directory)[0]
+
+
+def check(experiment: Experiment, registry: Registry | None = None, *, data: bool = False) -> None:
+    """Check components, parameters and references, all before anything expensive.
+
+    Args:
+        experiment: what ``load`` returns.
+        registry: what ``plugins`` returns; by default everything installed.
+        data: whether to open data sets and checkpoints too, and to run two samples through every
+            stage.
+
+    Raises:
+        ConfigError: with every fault of the file.
+        DataError: if data is missing or does not fit a model.
+    """
+    registry = registry or plugins()
+    faults = find_faults(experiment, registry)
+    if faults:
+        raise ConfigError(faults)
+    if data:
+        builder = Builder(experiment, registry)
+        device = distributed.device(experiment.device)
+        rehearse_all(builder, open_sources(builder), device)
+
+
+def run(
+    experiment: Experiment,
+    *,
+    registry: Registry | None = None,
+    runs: str | os.PathLike[str] = "runs",
+) -> Result:
+    """Run every stage for every seed, or what of it a stopped run has left to do.
+
+    Args:
+        experiment: what ``load`` returns.
+        registry: what ``plugins`` returns; by default everything installed.
+        runs: the folder in which the run's own folder ``<name>`` is made.
+
+    Raises:
+        DistillError: with a message for the user.
+    """
+    registry = registry or plugins()
+    check(experiment, registry)
+    builder = Builder(experiment, registry)
+    device = distributed.device(experiment.device)
+    with distributed.process_group(device), open_run(Path(runs), experiment) as directory:
+        states = _saved_states(experiment, directory)
+        sources: dict[str, Source] = {}
+        if not all(_is_complete(experiment, state) for state in states.values()):
+            sources = open_sources(builder)
+            rehearse_all(builder, sources, device)
+        with _observed(builder) as tell:
+            tell("run_start", _run_start(builder, directory, device, states))
+            results: list[StageResult] = []
+            for seed in experiment.seeds:
+                folder = seed_directory(directory, experiment, seed)
+                results += _run_seed(builder, seed, device, folder, tell, sources, states[seed])
+            table = summary_table(experiment, results)
+            tell("run_end", RunEnd(results, table, measured_on(experiment)))
+    return Result(experiment, registry, directory, results, table)
+
+
+def evaluate(
+    experiment: Experiment,
+    registry: Registry,
+    model: nn.Module,
+    *,
+    stage: str | None = None,
+    dataset: str | None = None,
+) -> tuple[str, dict[str, float]]:
+    """Measure a model on one of the experiment's data sets, by default the test data.
+
+    Returns:
+        The data set's name and the metrics by name.
+
+    Raises:
+        DistillError: if there is no such data set.
+    """
+    chosen = find_stage(experiment, stage)
+    dataset = dataset or (experiment.test.dataset if experiment.test else chosen.data.validate)
+    if dataset is None or dataset not in experiment.datasets:
+        known = list(experiment.datasets)
+        asked = f"there is no data set '{dataset}' in" if dataset else "name a data set of"
+        hint = did_you_mean(dataset or "", known) or f" (there are: {', '.join(known)})"
+        raise DistillError(f"{asked} {experiment.document.file}{hint}")
+    builder = Builder(experiment, registry)
+    device = distributed.device(experiment.device)
+    seed = experiment.seeds[0]
+    source = {dataset: builder.source(dataset)}
+    run = SeedRun(builder, seed, device, Path(), _tell_nobody, {}, source)
+    metrics = run.metrics(experiment.test.metrics if experiment.test else chosen.metrics)
+    return dataset, measure(run, chosen, model.to(device), dataset, metrics)
+
+
+def open_sources(builder: Builder) -> dict[str, Source]:
+    """Open the data sets that stages and test use."""
+    experiment = builder.experiment
+    used = [name for s in experiment.stages for name in (s.data.train, s.data.validate) if name]
+    used += [experiment.test.dataset] if experiment.test else []
+    return {name: builder.source(name) for name in dict.fromkeys(used)}
+
+
+def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.device) -> None:
+    """Run two samples through every stage, so that the last one fails now and not in a week."""
+    seed = builder.experiment.seeds[0]
+    run = SeedRun(builder, seed, device, Path(), _tell_nobody, _models(builder, seed, device), {})
+    for stage in builder.experiment.stages:
+        assembly = run.assemble(stage)
+        with roles_in_force(assembly):
+            rehearse(builder.experiment, assembly, sources[stage.data.train], seed, device)
+
+
+def _run_seed(
+    builder: Builder,
+    seed: int,
+    device: torch.device,
+    directory: Path,
+    tell: Tell,
+    sources: dict[str, Source],
+    state: Mapping[str, Any] | None,
+) -> list[StageResult]:
+    if _is_complete(builder.experiment, state):
+        return _results(state)
+    run = SeedRun(builder, seed, device, directory, tell, _models(builder, seed, device), sources)
+    first = 0
+    if state is not None:
+        first = state["stage"]
+        run.results = _results(state)
+        run.saved_parts = dict(state["parts"])
+        run.trained = set(state["models"])
+        for name, weights in state["models"].items():
+            run.models[name].load_state_dict(weights)
+    for number in range(first, len(builder.experiment.stages)):
+        resumed = state if state is not None and number == first and state["epoch"] else None
+        train_stage(run, number, resumed)
+    return run.results
+
+
+def _models(builder: Builder, seed: int, device: torch.device) -> dict[str, nn.Module]:
+    stages = builder.experiment.stages
+    used = [t.model for s in stages for t in s.teachers.values()]
+    used += [stage.student.model for stage in stages]
+    return {name: builder.model(name, seed).to(device) for name in dict.fromkeys(used)}
+
+
+def _saved_states(
+    experiment: Experiment, directory: Path
+) -> dict[int, Mapping[str, Any] | None]:
+    """Return each seed's checkpoint, read by the main process for all."""
+    states: dict[int, Mapping[str, Any] | None] = {}
+    if distributed.is_main():
+        for seed in experiment.seeds:
+            file = seed_directory(directory, experiment, seed) / "checkpoint.pt"
+            states[seed] = load_state(file) if file.exists() else None
+    return distributed.from_main(states)  # type: ignore[no-any-return]
+
+
+def _is_complete(experiment: Experiment, state: Mapping[str, Any] | None) -> bool:
+    return state is not None and state["stage"] == len(experiment.stages)
+
+
+def _results(state: Mapping[str, Any] | None) -> list[StageResult]:
+    return [StageResult(**result) for result in state["results"]] if state else []
+
+
+@contextmanager
+def _observed(builder: Builder) -> Iterator[Tell]:
+    """Build the observers on the main process and close them whatever happens."""
+    observers: list[Observer] = []
+    if distributed.is_main():
+        observers = builder.components("observers", builder.experiment.observers)
+
+    def tell(event: str, content: Any) -> None:
+        for observer in observers:
+            getattr(observer, event)(content)
+
+    try:
+        yield tell
+    finally:
+        for observer in observers:
+            observer.close()
+
+
+def _tell_nobody(event: str, content: Any) -> None:
+    """Drop an event: nobody watches a rehearsal."""
+
+
+def _run_start(
+    builder: Builder,
+    directory: Path,
+    device: torch.device,
+    states: Mapping[int, Mapping[str, Any] | None],
+) -> RunStart:
+    experiment = builder.experiment
+    return RunStart(
+        name=experiment.name,
+        directory=directory,
+        seeds=experiment.seeds,
+        stages=[stage.name for stage in experiment.stages],
+        environment=describe_environment(builder.registry, device),
+        files={GIVEN: experiment.document.text, RESOLVED: resolved_text(experiment)},
+        resumed={
+            seed: Position(seed, state["stage"], state["epoch"])
+            for seed, state in states.items()
+            if state is not None
+        },
+    )

@@ -1,0 +1,102 @@
+"""Models of a run or of an experiment file, with the weights they have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from distill.config.experiment import Experiment, Stage
+from distill.errors import DistillError, did_you_mean
+from distill.registry import Registry
+from distill.run_directory import seed_directory
+from distill.training.build import Builder
+from distill.training.checkpoint import load_weights
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model is meant.
+
+    Attributes:
+        model: ``student``, a teacher's name in the stage, or a model's name in the file.
+        stage: by default the last.
+        seed: by default the first.
+        weights: ``last`` or ``best``, of what the run trained.
+    """
+
+    model: str = "student"
+    stage: str | None = None
+    seed: int | None = None
+    weights: str = "last"
+
+
+def find_stage(experiment: Experiment, name: str | None) -> Stage:
+    """Return a stage by name, by default the last.
+
+    Raises:
+        DistillError: if there is none of that name.
+    """
+    stages = {stage.name: stage for stage in experiment.stages}
+    if name is None:
+        return experiment.stages[-1]
+    if name not in stages:
+        raise DistillError(_unknown("stage", name, stages, experiment))
+    return stages[name]
+
+
+def trained_model(
+    experiment: Experiment, registry: Registry, choice: Choice, directory: Path | None
+) -> tuple[nn.Module, str]:
+    """Build a model with its weights, on the CPU in eval mode, and say where they come from.
+
+    Args:
+        experiment: the description.
+        registry: where components are found.
+        choice: which model.
+        directory: the run's folder; without one, weights are those the file names.
+
+    Raises:
+        DistillError: if there is no such model, or the run has not trained it yet.
+    """
+    stage = find_stage(experiment, choice.stage)
+    name = _model_name(experiment, stage, choice.model)
+    seed = experiment.seeds[0] if choice.seed is None else choice.seed
+    if seed not in experiment.seeds:
+        known = ", ".join(map(str, experiment.seeds))
+        raise DistillError(f"{experiment.document.file} has no seed {seed} (seeds: {known})")
+    model = Builder(experiment, registry).model(name, seed).eval()
+    trained = _stages_that_train(experiment, stage, name) if directory is not None else []
+    if directory is None or not trained:
+        origin = experiment.models[name].checkpoint
+        return model, f"model {name} ({origin or 'as the file builds it, not trained here'})"
+    folder = seed_directory(directory, experiment, seed) / trained[-1].name
+    try:
+        load_weights(model, folder / f"{choice.weights}.safetensors")
+    except ValueError as error:
+        raise DistillError(f"the run has no weights of '{name}': {error}") from error
+    return model, f"model {name}, {choice.weights} of stage {trained[-1].name}, seed {seed}"
+
+
+def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
+    roles = {"student": stage.student.model}
+    roles.update({role: teacher.model for role, teacher in stage.teachers.items()})
+    if name in roles:
+        return roles[name]
+    if name not in experiment.models:
+        known = {**roles, **experiment.models}
+        raise DistillError(_unknown("model", name, known, experiment))
+    return name
+
+
+def _stages_that_train(experiment: Experiment, last: Stage, model: str) -> list[Stage]:
+    """Return the stages up to ``last`` whose student is ``model``."""
+    upto = experiment.stages[: experiment.stages.index(last) + 1]
+    return [stage for stage in upto if stage.student.model == model]
+
+
+def _unknown(what: str, name: str, known: object, experiment: Experiment) -> str:
+    names = list(known)  # type: ignore[call-overload]
+    hint = did_you_mean(name, names) or f" (there are: {', '.join(names)})"
+    return f"there is no {what} '{name}' in {experiment.document.file}{hint}"

@@ -1,0 +1,1 @@
+"""A stage's description to trained weights."""

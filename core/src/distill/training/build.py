@@ -1,0 +1,134 @@
+"""Components of the file -> objects, with every failure told as a fault of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill import randomness
+from distill.config.experiment import Component, Experiment
+from distill.config.yaml_document import Path as ConfigPath
+from distill.data.loader import Source
+from distill.errors import ConfigError, DataError, Fault, PluginError
+from distill.registry import SINGULAR, Registry
+from distill.signature import Problem, bind
+from distill.training.checkpoint import load_weights
+
+PARAMETER_BUILT_FOR_CHECK = 1
+"""Size of the parameter optimizers are tried on while a file is checked."""
+
+
+class Builder:
+    """Builds what an experiment describes.
+
+    Args:
+        experiment: the description.
+        registry: where components are found.
+    """
+
+    def __init__(self, experiment: Experiment, registry: Registry):
+        self.experiment = experiment
+        self.registry = registry
+
+    def component(self, kind: str, component: Component, *provided: Any) -> Any:
+        """Build one component; ``provided`` are the arguments core gives it.
+
+        Raises:
+            ConfigError: if its name is unknown, its parameters do not fit, or it refuses them.
+        """
+        factory, arguments = self._bind(kind, component, len(provided))
+        try:
+            return factory(*provided, **arguments)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            path, message = self._refusal(component, error)
+            raise self.experiment.error(path, message) from error
+
+    def faults(self, kind: str, component: Component, provided: int = 0) -> list[Fault]:
+        """Return what is wrong with a component's name and parameters, without building it."""
+        try:
+            self._bind(kind, component, provided)
+        except ConfigError as error:
+            return list(error.faults)
+        return []
+
+    def components(self, kind: str, components: Sequence[Component]) -> list[Any]:
+        """Build several components of one kind."""
+        return [self.component(kind, component) for component in components]
+
+    def model(self, name: str, seed: int) -> nn.Module:
+        """Build a model: its initial weights depend on the seeds alone, then its checkpoint."""
+        spec = self.experiment.models[name]
+        with randomness.seeded(seed, "model", spec.seed):
+            model = self.component("models", spec.component)
+        if not isinstance(model, nn.Module):
+            raise self.experiment.error(
+                spec.component.path, f"{spec.component.type} gave {type(model).__name__}, no module"
+            )
+        if spec.checkpoint is not None and not _on_meta():
+            path = (*spec.component.path, "checkpoint")
+            try:
+                load_weights(model, Path(spec.checkpoint))
+            except ValueError as error:
+                raise self.experiment.error(path, str(error)) from error
+        return model
+
+    def source(self, name: str) -> Source:
+        """Open a data set.
+
+        Raises:
+            DataError: if its files are missing or it is empty.
+        """
+        spec = self.experiment.datasets[name]
+        path = spec.component.path
+        try:
+            dataset = self.component("datasets", spec.component)
+        except ConfigError as error:
+            if isinstance(error.__cause__, (OSError, RuntimeError)):  # its files, not its settings
+                raise DataError(str(error)) from error
+            raise
+        transforms = self.components("transforms", spec.transforms)
+        source = Source(name, dataset, transforms)
+        if len(source) == 0:
+            fault = self.experiment.fault(path, "the data set is empty")
+            raise DataError(str(fault))
+        return source
+
+    def _bind(self, kind: str, component: Component, provided: int) -> tuple[Any, dict[str, Any]]:
+        try:
+            factory = self.registry.find(kind, component.type).factory
+        except PluginError as error:
+            path = self._type_path(component)
+            raise self.experiment.error(path, str(error)) from error
+        binding = bind(factory, component.params, provided=provided)
+        if binding.problems:
+            raise ConfigError(
+                self._fault(kind, component, problem) for problem in binding.problems
+            )
+        return factory, binding.arguments
+
+    def _type_path(self, component: Component) -> ConfigPath:
+        with_type = (*component.path, "type")
+        return with_type if with_type in self.experiment.document.locations else component.path
+
+    def _fault(self, kind: str, component: Component, problem: Problem) -> Fault:
+        path = (*component.path, "params", problem.key) if problem.key else component.path
+        return self.experiment.fault(
+            path, f"{SINGULAR[kind]} {component.type}: {problem.message}"
+        )
+
+    def _refusal(self, component: Component, error: Exception) -> tuple[ConfigPath, str]:
+        text = str(error).strip().split("\n")[0] or type(error).__name__
+        for key in component.params:
+            if isinstance(error, TypeError) and f"'{key}'" in text:
+                return (*component.path, "params", key), f"{component.type}: {text}"
+        return component.path, f"{component.type} cannot be built: {text}"
+
+
+def _on_meta() -> bool:
+    return torch.get_default_device().type == "meta"

@@ -1,0 +1,78 @@
+"""BatchNorm over the global batch, so that results do not depend on the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed.nn.functional as collective
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill import distributed
+
+
+@contextmanager
+def synchronized(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let BatchNorm layers in training mode use the statistics of all processes' samples.
+
+    Only ``forward`` is replaced, and given back afterwards: class, parameters and hooks stay, and
+    CPUs are served too, which ``torch.nn.SyncBatchNorm`` does not.
+    """
+    layers = {m for root in modules for m in root.modules() if isinstance(m, _BatchNorm)}
+    if distributed.world_size() == 1:
+        layers = set()
+    for layer in layers:
+        layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward(
+    layer: Any, local: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
+) -> torch.Tensor:
+    if not layer.training:
+        return local(inputs)
+    wide = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    mean, variance, count = _statistics(wide)
+    _update_running(layer, mean.detach(), variance.detach(), count)
+    shape = (1, -1) + (1,) * (inputs.dim() - 2)
+    scale = torch.rsqrt(variance + layer.eps)
+    if layer.affine:
+        scale = scale * layer.weight
+        shift = layer.bias - mean * scale
+    else:
+        shift = -mean * scale
+    return (wide * scale.view(shape) + shift.view(shape)).to(inputs.dtype)
+
+
+def _statistics(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance per channel, and the number of values, over processes."""
+    dims = [0, *range(2, inputs.dim())]
+    own = inputs.new_full((1,), inputs.numel() / inputs.shape[1])
+    sums = collective.all_reduce(torch.cat([inputs.sum(dims), own]))
+    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    shape = (1, -1) + (1,) * (inputs.dim() - 2)
+    # Deviations from the common mean, in a second exchange: E[x²] - E[x]² would cancel.
+    squares = (inputs - mean.view(shape)).square().sum(dims)
+    return mean, collective.all_reduce(squares) / count, count
+
+
+def _update_running(
+    layer: Any, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor
+) -> None:
+    if layer.running_mean is None:
+        return
+    layer.num_batches_tracked.add_(1)
+    momentum = layer.momentum
+    if momentum is None:
+        momentum = 1.0 / float(layer.num_batches_tracked)
+    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
+    unbiased = variance * (count / (count - 1).clamp(min=1))
+    layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), momentum)

@@ -1,0 +1,414 @@
+"""One stage from its description to a trained student: build, rehearse, train, measure, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill import distributed
+from distill.config.experiment import Component, Stage
+from distill.data.loader import Plan, Source, sample_batch, training_batches
+from distill.errors import ConfigError, DistillError
+from distill.observer import (
+    EpochEnd,
+    Numbers,
+    Position,
+    StageEnd,
+    StageResult,
+    StageStart,
+    StepEnd,
+)
+from distill.training.build import Builder
+from distill.training.checkpoint import load_weights, save_state, save_weights
+from distill.training.evaluation import evaluate
+from distill.training.freezing import Unchanged
+from distill.training.loop import EpochSummary, Loop, Progress, distributed_over_ranks
+from distill.training.metrics import Metric
+from distill.training.optimizer import Optimization, build_optimization
+from distill.training.rehearsal import rehearse
+from distill.training.stage import REDUCED, Assembly, Parts, assemble, roles_in_force
+from distill.training.sync_batchnorm import synchronized
+
+Tell = Callable[[str, Any], None]
+"""Tells observers of an event: name of the method, event."""
+
+
+@dataclass
+class Best:
+    """The best epoch so far by the first metric; ``epoch`` counts from 1, 0 means none yet."""
+
+    epoch: int = 0
+    metrics: Numbers = field(default_factory=dict)
+
+    def beaten_by(self, metrics: Numbers) -> bool:
+        """Whether the first of ``metrics`` is higher than the best so far."""
+        if not metrics:
+            return False
+        first = next(iter(metrics))
+        return self.epoch == 0 or metrics[first] > self.metrics[first]
+
+
+@dataclass
+class SeedRun:
+    """What lives through the stages of one seed.
+
+    Attributes:
+        directory: where its checkpoint and students go.
+        models: by name, each on the device.
+        sources: opened data sets by name.
+        parts: auxiliary modules and losses that later stages may carry on.
+        results: of the stages that are over.
+        saved_parts: states of parts from a checkpoint, until the parts are built again.
+    """
+
+    builder: Builder
+    seed: int
+    device: torch.device
+    directory: Path
+    tell: Tell
+    models: dict[str, nn.Module]
+    sources: dict[str, Source]
+    parts: Parts = field(default_factory=dict)
+    results: list[StageResult] = field(default_factory=list)
+    saved_parts: dict[str, Any] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file a stopped run continues from."""
+        return self.directory / "checkpoint.pt"
+
+    def assemble(self, stage: Stage) -> Assembly:
+        """Put a stage together; parts with a saved state continue from it.
+
+        Raises:
+            ConfigError: with everything that keeps it from being put together.
+        """
+        assembly = assemble(
+            self.builder, stage, self.models, self.parts, self.seed, self.device
+        )
+        if assembly.faults:
+            raise ConfigError(assembly.faults)
+        for key, module in self.parts.items():
+            saved = self.saved_parts.pop("|".join(key), None)
+            if saved is not None:
+                module.load_state_dict(saved)
+        return assembly
+
+    def metrics(self, components: Iterable[Component]) -> dict[str, Metric]:
+        """Build metrics by the name they are reported under."""
+        return {
+            _metric_name(component): self.builder.component("metrics", component)
+            for component in components
+        }
+
+    def save(self, stage: int, epoch: int, more: Mapping[str, Any]) -> None:
+        """Write the checkpoint: ``epoch`` epochs of ``stage`` are over."""
+        if not distributed.is_main():
+            return
+        state = {
+            "stage": stage,
+            "epoch": epoch,
+            "models": {name: self.models[name].state_dict() for name in sorted(self.trained)},
+            "parts": {"|".join(key): part.state_dict() for key, part in self.parts.items()},
+            "results": [vars(result) for result in self.results],
+            **more,
+        }
+        save_state(self.checkpoint, state)
+
+
+def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = None) -> StageResult:
+    """Train one stage and write its student.
+
+    Args:
+        run: what lives through the stages.
+        number: of the stage, from 0.
+        state: the checkpoint to go on from in the middle of the stage.
+
+    Raises:
+        ConfigError, DataError: what the file's wishes cannot be fulfilled with.
+        NumericalError: if a loss becomes infinite or not a number.
+    """
+    stage = run.builder.experiment.stages[number]
+    run.trained.add(stage.student.model)
+    assembly = run.assemble(stage)
+    with ExitStack() as stack:
+        stack.enter_context(roles_in_force(assembly))
+        training = _prepare(run, number, stage, assembly, stack)
+        if state is not None:
+            training.resume(state)
+        training.train()
+        return training.finish()
+
+
+def _prepare(
+    run: SeedRun, number: int, stage: Stage, assembly: Assembly, stack: ExitStack
+) -> _Training:
+    source = run.sources[stage.data.train]
+    rehearsal = rehearse(run.builder.experiment, assembly, source, run.seed, run.device)
+    optimization = build_optimization(run.builder, stage, assembly.trainable(), run.device)
+    teachers = _measure_teachers(run, stage, assembly)
+    distiller = assembly.distiller
+    assert distiller is not None
+    if stage.sync_batchnorm:
+        stack.enter_context(synchronized([distiller.student, distiller.auxiliary]))
+    batch = sample_batch(source, 2, run.seed).to(run.device)
+    module = stack.enter_context(
+        distributed_over_ranks(distiller, batch, leaves_unused=rehearsal.unused)
+    )
+    loop = Loop(
+        module, optimization, run.device, run.seed, stage.name, run.builder.experiment.log_every
+    )
+    plan = Plan(len(source), stage.data.batch_size, stage.data.drop_last)
+    training = _Training(run, number, stage, assembly, loop, plan, source, teachers)
+    training.notes = _notes(assembly, plan, rehearsal.copied)
+    return training
+
+
+@dataclass
+class _Training:
+    """A stage under way."""
+
+    run: SeedRun
+    number: int
+    stage: Stage
+    assembly: Assembly
+    loop: Loop
+    plan: Plan
+    source: Source
+    teachers: dict[str, dict[str, float]]
+    notes: list[str] = field(default_factory=list)
+    first_epoch: int = 0
+    best: Best = field(default_factory=Best)
+    validation: Numbers = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def student(self) -> nn.Module:
+        return self.assembly.roles["student"]
+
+    @property
+    def directory(self) -> Path:
+        return self.run.directory / self.stage.name
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from the epoch a checkpoint was written after."""
+        self.first_epoch = state["epoch"]
+        self.loop.optimization.load_state_dict(state["optimization"])
+        self.best = Best(**state["best"])
+        self.validation, self.seconds = state["validation"], state["seconds"]
+
+    def train(self) -> None:
+        """Train the epochs that are left, measuring and saving after each."""
+        self.run.tell("stage_start", self._start_event())
+        watch = Unchanged(
+            {role: self.assembly.roles[role] for role in self.stage.teachers},
+            {role: teacher.mode for role, teacher in self.stage.teachers.items()},
+        )
+        for epoch in range(self.first_epoch, self.stage.epochs):
+            lr = self.loop.optimization.lr
+            summary = self._epoch(epoch)
+            watch.check()
+            self._end_epoch(epoch, summary, lr)
+
+    def _epoch(self, epoch: int) -> EpochSummary:
+        stage = self.stage
+        batches = training_batches(
+            self.source,
+            self.plan,
+            seed=self.run.seed,
+            epoch=epoch,
+            workers=stage.data.workers,
+            pin_memory=self.run.device.type == "cuda",
+        )
+        return self.loop.epoch(
+            batches,
+            first_step=epoch * self.plan.steps,
+            on_log=lambda progress: self._log(epoch, progress),
+        )
+
+    def _end_epoch(self, epoch: int, summary: EpochSummary, lr: float) -> None:
+        distributed.broadcast_from_main(list(self.student.buffers()))
+        self.seconds += summary.seconds
+        self.validation = self._measure(self.student, self.stage.data.validate)
+        is_best = self.best.beaten_by(self.validation)
+        if is_best:
+            self.best = Best(epoch + 1, self.validation)
+            self._write("best")
+        watched = next(iter(self.validation.values()), None)
+        self.loop.optimization.end_epoch(watched)
+        self.run.save(self.number, epoch + 1, self._state())
+        self.run.tell(
+            "epoch_end",
+            EpochEnd(
+                position=Position(self.run.seed, self.number, epoch + 1, self._steps(epoch + 1)),
+                stage=self.stage.name,
+                epochs=self.stage.epochs,
+                losses=summary.losses,
+                metrics=self.validation,
+                lr=lr,
+                seconds=summary.seconds,
+                samples_per_second=summary.samples / max(summary.seconds, 1e-9),
+                is_best=is_best,
+            ),
+        )
+
+    def finish(self) -> StageResult:
+        """Write the student, keep the weights that go on, and measure them on the test data."""
+        self._write("last")
+        if self.stage.keep == "best":
+            distributed.barrier()
+            load_weights(self.student, self.directory / "best.safetensors")
+        test = self.run.builder.experiment.test
+        measured: dict[str, float] = {}
+        if test is not None:
+            metrics = self.run.metrics(test.metrics)
+            measured = self._measure(self.student, test.dataset, metrics)
+        result = StageResult(
+            seed=self.run.seed,
+            stage=self.stage.name,
+            student=self.stage.student.model,
+            parameters=count_parameters(self.student),
+            epochs=self.stage.epochs,
+            seconds=self.seconds,
+            validation=self.validation,
+            best=self.best.metrics,
+            best_epoch=self.best.epoch,
+            test=measured,
+            teachers=self.teachers,
+        )
+        self.run.results.append(result)
+        self.run.save(self.number + 1, 0, {})
+        files = [self.directory / f"{name}.safetensors" for name in ("last", "best")]
+        self.run.tell(
+            "stage_end",
+            StageEnd(
+                Position(self.run.seed, self.number + 1),
+                result,
+                [file for file in files if file.exists()],
+            ),
+        )
+        return result
+
+    def _measure(
+        self, model: nn.Module, dataset: str | None, metrics: dict[str, Metric] | None = None
+    ) -> dict[str, float]:
+        return measure(self.run, self.stage, model, dataset, metrics)
+
+    def _write(self, name: str) -> None:
+        if distributed.is_main():
+            save_weights(self.student, self.directory / f"{name}.safetensors")
+
+    def _steps(self, epoch: int) -> int:
+        return epoch * self.plan.steps
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "optimization": self.loop.optimization.state_dict(),
+            "best": vars(self.best),
+            "validation": dict(self.validation),
+            "seconds": self.seconds,
+        }
+
+    def _start_event(self) -> StageStart:
+        epoch = self.first_epoch
+        return StageStart(
+            position=Position(self.run.seed, self.number, epoch, self._steps(epoch)),
+            name=self.stage.name,
+            epochs=self.stage.epochs,
+            steps=self.plan.steps,
+            student=self.stage.student.model,
+            parameters=count_parameters(self.student),
+            trainable=sum(p.numel() for p in self.assembly.trainable()),
+            teachers=self.teachers,
+            notes=self.notes,
+        )
+
+    def _log(self, epoch: int, progress: Progress) -> None:
+        left = (self.stage.epochs - epoch) * self.plan.size - (
+            progress.step * self.plan.batch_size
+        )
+        self.run.tell(
+            "step_end",
+            StepEnd(
+                position=Position(
+                    self.run.seed, self.number, epoch, self._steps(epoch) + progress.step
+                ),
+                stage=self.stage.name,
+                epochs=self.stage.epochs,
+                steps=self.plan.steps,
+                losses=progress.losses,
+                lr=self.loop.optimization.lr,
+                samples_per_second=progress.samples_per_second,
+                seconds_left=left / max(progress.samples_per_second, 1e-9),
+            ),
+        )
+
+
+def measure(
+    run: SeedRun,
+    stage: Stage,
+    model: nn.Module,
+    dataset: str | None,
+    metrics: dict[str, Metric] | None = None,
+) -> dict[str, float]:
+    """Return the stage's metrics of a model on a data set; nothing without a data set."""
+    if dataset is None:
+        return {}
+    return evaluate(
+        model,
+        run.sources[dataset],
+        run.metrics(stage.metrics) if metrics is None else metrics,
+        batch_size=stage.data.batch_size,
+        device=run.device,
+        seed=run.seed,
+        workers=stage.data.workers,
+        autocast=REDUCED.get(stage.precision),
+    )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _measure_teachers(
+    run: SeedRun, stage: Stage, assembly: Assembly
+) -> dict[str, dict[str, float]]:
+    """Measure each teacher before it teaches; one below its ``min_accuracy`` is an error."""
+    measured = {}
+    for role, teacher in stage.teachers.items():
+        measured[role] = measure(run, stage, assembly.roles[role], stage.data.validate)
+        if teacher.min_accuracy is None:
+            continue
+        accuracy = measured[role].get("accuracy")
+        path = (*teacher.path, "min_accuracy")
+        if accuracy is None:
+            raise run.builder.experiment.error(path, "needs 'accuracy' among the stage's metrics")
+        if accuracy < teacher.min_accuracy:
+            raise run.builder.experiment.error(
+                path,
+                f"teacher '{teacher.model}' reaches an accuracy of {accuracy:.4f} on "
+                f"'{stage.data.validate}', less than {teacher.min_accuracy}; is its checkpoint right?",
+            )
+    return measured
+
+
+def _notes(assembly: Assembly, plan: Plan, copied: Iterable[str]) -> list[str]:
+    notes = [f"{name} is overwritten by the model, so it is copied" for name in copied]
+    if assembly.frozen:
+        notes.append(f"{sum(p.numel() for p in assembly.frozen):,} parameters are frozen")
+    if plan.size % plan.batch_size == 1 and not plan.drop_last:
+        notes.append("the last batch of an epoch is a single sample; data.drop_last leaves it out")
+    return notes
+
+
+def _metric_name(component: Component) -> str:
+    params = ", ".join(f"{key}={value}" for key, value in component.params.items())
+    return f"{component.type}({params})" if params else component.type

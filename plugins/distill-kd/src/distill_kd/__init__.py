@@ -1,0 +1,16 @@
+"""Knowledge distillation losses over logits, for distill."""
+
+from __future__ import annotations
+
+from distill import hookimpl
+from torch import nn
+
+from distill_kd.kd import KDLoss
+
+__all__ = ["KDLoss", "distill_losses"]
+
+
+@hookimpl
+def distill_losses() -> dict[str, type[nn.Module]]:
+    """Offer this package's losses under the names of their classes."""
+    return {"KDLoss": KDLoss}
