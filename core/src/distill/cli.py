@@ -1,4 +1,4 @@
-"""The command ``distill``. Torch is imported by the commands that need it, so that help is quick."""
+"""The command ``distill``. Commands import what needs torch themselves, so that help is quick."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ def run(
 @click.argument("file", type=click.Path(path_type=Path))
 @_set_option
 @_plugin_option
-@click.option("--data", is_flag=True, help="Open data sets and checkpoints too, and run two samples.")
-def check(
-    file: Path, overrides: Sequence[str], plugin_files: Sequence[Path], data: bool
-) -> None:
+@click.option(
+    "--data", is_flag=True, help="Open data sets and checkpoints too, and run two samples."
+)
+def check(file: Path, overrides: Sequence[str], plugin_files: Sequence[Path], data: bool) -> None:
     """Report everything that is wrong with an experiment file, without running it.
 
     Models are built without memory; data, checkpoints and weights are looked at only with --data.
@@ -124,7 +124,9 @@ def check(
     from distill.runner import check as check_experiment
 
     check_experiment(experiment, registry, data=data)
-    click.echo(f"{file}: no faults ({len(experiment.stages)} stages, {len(experiment.models)} models)")
+    click.echo(
+        f"{file}: no faults ({len(experiment.stages)} stages, {len(experiment.models)} models)"
+    )
 
 
 @main.command(name="eval")
@@ -138,7 +140,10 @@ def check(
 )
 @click.option("--seed", type=int, help="Seed of a run with several.  [default: the first]")
 @click.option(
-    "--weights", type=click.Choice(["last", "best"]), default="last", show_default=True,
+    "--weights",
+    type=click.Choice(["last", "best"]),
+    default="last",
+    show_default=True,
     help="Which of the student's weights.",
 )
 def evaluate(

@@ -1,4 +1,4 @@
-"""The grammar of value names: ``student.layer2:input``, ``targets``, ``extras.views``, ``regressor``.
+"""The grammar of value names: ``student.layer2:input``, ``targets``, ``extras.views``.
 
 A reference is ``owner``, then optionally ``.path``, then optionally ``:input``. The owner is
 ``student``, a teacher's name, ``inputs``, ``targets``, ``index``, ``extras`` or the name of an

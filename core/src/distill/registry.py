@@ -106,7 +106,9 @@ class Registry:
 
     def _unknown(self, kind: str, name: str) -> str:
         message = f"there is no {SINGULAR[kind]} '{name}'" + did_you_mean(name, self._of(kind))
-        others = [SINGULAR[k] for k, offers in self._entries.items() if k != kind and name in offers]
+        others = [
+            SINGULAR[k] for k, offers in self._entries.items() if k != kind and name in offers
+        ]
         if others:
             message += f"; '{name}' is the name of a {others[0]}"
         package = known_components().get(kind, {}).get(name)
@@ -115,7 +117,9 @@ class Registry:
             message += f"; it comes with the package {package}: pip install {package}"
         for record in self.records:
             if record.error is not None:
-                message += f"; plugin {record.provider} is broken and might bring it: {record.error}"
+                message += (
+                    f"; plugin {record.provider} is broken and might bring it: {record.error}"
+                )
         return message
 
 

@@ -65,9 +65,7 @@ def _claim(directory: Path, experiment: Experiment) -> None:
         return
     text = experiment.document.text
     write_atomically(directory / GIVEN, lambda file: file.write_text(text, "utf-8"))
-    write_atomically(
-        resolved, lambda file: file.write_text(resolved_text(experiment), "utf-8")
-    )
+    write_atomically(resolved, lambda file: file.write_text(resolved_text(experiment), "utf-8"))
 
 
 def _changed(directory: Path, experiment: Experiment, changes: list[str]) -> Fault:

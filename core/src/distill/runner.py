@@ -22,9 +22,9 @@ from distill.plugins import plugins
 from distill.registry import Registry
 from distill.run_directory import GIVEN, RESOLVED, open_run, resolved_text, seed_directory
 from distill.summary import measured_on, summary_table
+from distill.trained import Choice, find_stage, trained_model
 from distill.training.build import Builder
 from distill.training.check import check as find_faults
-from distill.trained import Choice, find_stage, trained_model
 from distill.training.checkpoint import load_state
 from distill.training.rehearsal import rehearse
 from distill.training.stage import roles_in_force
@@ -197,9 +197,7 @@ def _models(builder: Builder, seed: int, device: torch.device) -> dict[str, nn.M
     return {name: builder.model(name, seed).to(device) for name in dict.fromkeys(used)}
 
 
-def _saved_states(
-    experiment: Experiment, directory: Path
-) -> dict[int, Mapping[str, Any] | None]:
+def _saved_states(experiment: Experiment, directory: Path) -> dict[int, Mapping[str, Any] | None]:
     """Return each seed's checkpoint, read by the main process for all."""
     states: dict[int, Mapping[str, Any] | None] = {}
     if distributed.is_main():

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from distill.config.experiment import Experiment
+from distill.config.experiment import Experiment, Stage
 from distill.observer import Numbers, StageResult
 
 
 def summary_table(experiment: Experiment, results: Sequence[StageResult]) -> str:
     """Return the results as a Markdown table, one row a stage.
 
-    The gain is the mean over seeds of the difference to the baseline stage with the same seed; a
-    spread is the standard deviation over seeds.
+    The gain is the mean over seeds of the difference to the baseline stage with the same seed,
+    for students of the same architecture; a spread is the standard deviation over seeds.
     """
     metrics = list(dict.fromkeys(name for result in results for name in _numbers(result)))
     baseline = experiment.test.baseline if experiment.test else None
@@ -23,7 +23,8 @@ def summary_table(experiment: Experiment, results: Sequence[StageResult]) -> str
     for stage in experiment.stages:
         own = [result for result in results if result.stage == stage.name]
         if own:
-            rows.append(_row(own, metrics, baseline, results))
+            compared = _is_compared(experiment, stage)
+            rows.append(_row(own, metrics, baseline, results, compared))
     return _markdown(rows)
 
 
@@ -36,16 +37,27 @@ def measured_on(experiment: Experiment) -> str:
     return f"on the data set '{experiment.test.dataset}', {over}"
 
 
+def _is_compared(experiment: Experiment, stage: Stage) -> bool:
+    """Whether a stage's student is of the baseline's architecture, so that they compare."""
+    baseline = experiment.test.baseline if experiment.test else None
+    students = {s.name: experiment.models[s.student.model].component for s in experiment.stages}
+    if baseline is None or stage.name == baseline:
+        return False
+    own, other = students[stage.name], students[baseline]
+    return (own.type, own.params) == (other.type, other.params)
+
+
 def _row(
     own: Sequence[StageResult],
     metrics: Sequence[str],
     baseline: str | None,
     results: Sequence[StageResult],
+    is_compared: bool,
 ) -> list[str]:
     row = [own[0].stage, own[0].student, f"{own[0].parameters:,}"]
     row += [_percent([_numbers(r)[m] for r in own if m in _numbers(r)]) for m in metrics]
     if baseline and metrics:
-        row.append("" if own[0].stage == baseline else _gain(own, metrics[0], baseline, results))
+        row.append(_gain(own, metrics[0], baseline, results) if is_compared else "")
     return row
 
 

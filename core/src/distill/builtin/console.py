@@ -34,8 +34,12 @@ class Console(Observer):
         )
         for seed, position in event.resumed.items():
             done = position.stage == len(event.stages)
-            where = "is complete" if done else (
-                f"goes on in stage {event.stages[position.stage]} after epoch {position.epoch}"
+            where = (
+                "is complete"
+                if done
+                else (
+                    f"goes on in stage {event.stages[position.stage]} after epoch {position.epoch}"
+                )
             )
             self._line(f"seed {seed} {where}")
 

@@ -128,7 +128,7 @@ def _report(start: RunStart, end: RunEnd, sessions: list[dict[str, Any]]) -> str
         f"## Results\n\n{end.table}\n\nMeasured {end.measured_on}.",
         "## Training\n\n" + _code("\n".join(_command(session) for session in sessions)),
         "## Evaluation\n\n" + _code(f"distill eval {folder}"),
-        "## Trained students\n\nWeights of the student alone, for `load_state_dict(strict=True)`:\n\n"
+        "## Trained students\n\nThe student alone, for `load_state_dict(strict=True)`:\n\n"
         + "\n".join(f"- `{file}`" for file in students),
         "## Dependencies\n\n" + _code("\n".join(f"{k}=={v}" for k, v in packages.items() if v)),
         "## Environment\n\n" + "\n".join(_facts(environment)),

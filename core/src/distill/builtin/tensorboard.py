@@ -55,8 +55,6 @@ class TensorBoard(Observer):
         return self._writers[key]
 
     @staticmethod
-    def _scalars(
-        writer: SummaryWriter, group: str, values: Mapping[str, float], step: int
-    ) -> None:
+    def _scalars(writer: SummaryWriter, group: str, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             writer.add_scalar(f"{group}/{name}", value, step)

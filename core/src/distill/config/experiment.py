@@ -59,19 +59,22 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Auxiliary:
-    """A module fed from references and trained with the student."""
+class Wired:
+    """A module whose ``forward`` is fed from references by the names of its parameters."""
 
     component: Component
     inputs: Mapping[str, Reference]
 
 
 @dataclass(frozen=True)
-class Term:
-    """A weighted loss fed from references."""
+class Auxiliary(Wired):
+    """A module that is trained with the student."""
 
-    component: Component
-    inputs: Mapping[str, Reference]
+
+@dataclass(frozen=True)
+class Term(Wired):
+    """A loss with its weight in the total."""
+
     weight: float
 
 

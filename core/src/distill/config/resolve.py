@@ -20,6 +20,7 @@ from distill.config.experiment import (
     Teacher,
     Term,
     Test,
+    Wired,
 )
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import Fault, did_you_mean
@@ -172,9 +173,7 @@ def _complete(resolver: _Resolver, draft: _StageDraft) -> bool:
     missing += [f"data.{key}" for key in DATA_REQUIRED if data and key not in data]
     for key in missing:
         if not _was_removed(resolver, draft, key):
-            resolver.fault(
-                draft.path, f"'{key}' is missing, and no stage before this one gives it"
-            )
+            resolver.fault(draft.path, f"'{key}' is missing, and no stage before this one gives it")
     return not missing
 
 
@@ -270,9 +269,7 @@ def _auxiliary(resolver: _Resolver, draft: _StageDraft) -> dict[str, Auxiliary]:
     """Build the auxiliary modules in an order in which each one's inputs exist."""
     base = draft.places.get("auxiliary", ())
     modules = {
-        name: Auxiliary(
-            _component(given, (*base, name)), _inputs(resolver, given, (*base, name))
-        )
+        name: Auxiliary(_component(given, (*base, name)), _inputs(resolver, given, (*base, name)))
         for name, given in draft.values["auxiliary"].items()
     }
     needs = {
@@ -312,16 +309,13 @@ def _inputs(
 def _check_owners(resolver: _Resolver, draft: _StageDraft, stage: Stage) -> None:
     """Fault references to models and modules that this stage does not have."""
     owners = [*reference.RESERVED, *stage.teachers, *stage.auxiliary]
-    wired: list[tuple[Path, Mapping[str, reference.Reference]]] = [
-        (part.component.path, part.inputs)
-        for part in (*stage.auxiliary.values(), *stage.criterion.values())
-    ]
-    for path, inputs in wired:
-        for key, ref in inputs.items():
+    parts: list[Wired] = [*stage.auxiliary.values(), *stage.criterion.values()]
+    for part in parts:
+        for key, ref in part.inputs.items():
             if ref.owner not in owners:
                 hint = did_you_mean(ref.owner, owners) or f" (there are: {', '.join(owners)})"
                 where = f"stage '{draft.name}' has no '{ref.owner}'"
-                resolver.fault((*path, "inputs", key), where + hint)
+                resolver.fault((*part.component.path, "inputs", key), where + hint)
 
 
 def _test(resolver: _Resolver, given: Mapping[str, Any] | None) -> Test | None:

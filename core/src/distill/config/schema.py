@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 
@@ -121,9 +121,9 @@ EXPERIMENT: Schema = {
 _CHECKER = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
     "integer", lambda _, value: type(value) is int
 )
-_VALIDATOR = jsonschema.validators.extend(
-    jsonschema.Draft202012Validator, type_checker=_CHECKER
-)(EXPERIMENT)
+_VALIDATOR = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_CHECKER)(
+    EXPERIMENT
+)
 
 
 def frame_faults(document: Document) -> list[tuple[Path, Fault]]:
@@ -138,9 +138,10 @@ def frame_faults(document: Document) -> list[tuple[Path, Fault]]:
 def _messages(error: jsonschema.ValidationError) -> Iterator[tuple[Path, str]]:
     path = tuple(error.absolute_path)
     if error.validator == "additionalProperties":
+        properties = _schema_of(error)["properties"]
         for key in error.instance:
-            if not _known(key, error.schema):
-                yield (*path, key), _unknown_key(key, error.schema["properties"])
+            if not _known(key, _schema_of(error)):
+                yield (*path, key), _unknown_key(key, properties)
     elif error.validator == "required":
         for key in error.validator_value:
             if key not in error.instance and not _misspelt(key, error):
@@ -149,6 +150,10 @@ def _messages(error: jsonschema.ValidationError) -> Iterator[tuple[Path, str]]:
         yield (*path, error.instance), f"'{error.instance}' is no name; {_NAME_RULE}"
     else:
         yield path, _wrong_value(error)
+
+
+def _schema_of(error: jsonschema.ValidationError) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], error.schema)
 
 
 def _known(key: str, schema: Mapping[str, Any]) -> bool:
@@ -161,7 +166,7 @@ def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
 
 def _misspelt(missing: str, error: jsonschema.ValidationError) -> bool:
     """Whether an unknown key stands there in place of the missing one: one mistake, one fault."""
-    unknown = [key for key in error.instance if not _known(key, error.schema)]
+    unknown = [key for key in error.instance if not _known(key, _schema_of(error))]
     return any(did_you_mean(key, [missing]) for key in unknown)
 
 

@@ -38,8 +38,9 @@ class Source:
     def classes(self) -> list[str] | None:
         """Names of the classes if the data set tells them."""
         classes = getattr(self.dataset, "classes", None)
-        named = isinstance(classes, (list, tuple)) and all(isinstance(c, str) for c in classes)
-        return list(classes) if named else None
+        if isinstance(classes, (list, tuple)) and all(isinstance(c, str) for c in classes):
+            return list(classes)
+        return None
 
     def read(self, index: int) -> Sample:
         """Return one sample, transformed.

@@ -75,7 +75,9 @@ class Capture:
 
     def overwritten(self) -> list[str]:
         """Return the paths whose recorded value has been changed in place since."""
-        return [p for p, versions in self._versions.items() if _versions(self._values[p]) != versions]
+        return [
+            p for p, versions in self._versions.items() if _versions(self._values[p]) != versions
+        ]
 
     def clear(self) -> None:
         """Forget what was recorded."""

@@ -107,9 +107,7 @@ class Builder:
             raise self.experiment.error(path, str(error)) from error
         binding = bind(factory, component.params, provided=provided)
         if binding.problems:
-            raise ConfigError(
-                self._fault(kind, component, problem) for problem in binding.problems
-            )
+            raise ConfigError(self._fault(kind, component, problem) for problem in binding.problems)
         return factory, binding.arguments
 
     def _type_path(self, component: Component) -> ConfigPath:
@@ -118,9 +116,7 @@ class Builder:
 
     def _fault(self, kind: str, component: Component, problem: Problem) -> Fault:
         path = (*component.path, "params", problem.key) if problem.key else component.path
-        return self.experiment.fault(
-            path, f"{SINGULAR[kind]} {component.type}: {problem.message}"
-        )
+        return self.experiment.fault(path, f"{SINGULAR[kind]} {component.type}: {problem.message}")
 
     def _refusal(self, component: Component, error: Exception) -> tuple[ConfigPath, str]:
         text = str(error).strip().split("\n")[0] or type(error).__name__

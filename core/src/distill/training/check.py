@@ -41,7 +41,9 @@ class _Checker:
             self.faults += self.builder.faults(kind, component)
         for kind, component in _built_at_once(self.experiment):
             self._attempt(self.builder.component, kind, component)
-        models = {name: self._attempt(self.builder.model, name, 0) for name in self.experiment.models}
+        models = {
+            name: self._attempt(self.builder.model, name, 0) for name in self.experiment.models
+        }
         built = {name: model for name, model in models.items() if model is not None}
         parts: Parts = {}
         for stage in self.experiment.stages:
@@ -55,9 +57,7 @@ class _Checker:
             if assembly.distiller is not None:
                 assembly.distiller.release()
         parameters = [nn.Parameter(torch.zeros(1))]
-        optimizer = self._attempt(
-            self.builder.component, "optimizers", stage.optimizer, parameters
-        )
+        optimizer = self._attempt(self.builder.component, "optimizers", stage.optimizer, parameters)
         if stage.scheduler is not None and optimizer is not None:
             self._attempt(self.builder.component, "schedulers", stage.scheduler, optimizer)
 

@@ -103,9 +103,7 @@ def _sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _differences(
-    own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
-) -> list[str]:
+def _differences(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
     """Say in at most three parts what a state dict lacks, has too much, or in other shapes."""
     missing = [name for name in own if name not in given]
     unknown = [name for name in given if name not in own]

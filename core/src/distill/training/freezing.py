@@ -54,9 +54,10 @@ class Unchanged:
 
     def _fingerprint(self, role: str) -> str:
         teacher = self._teachers[role]
-        tensors = list(teacher.parameters())
+        tensors: list[torch.Tensor] = list(teacher.parameters())
         tensors += list(teacher.buffers()) if self._modes[role] == "eval" else []
         digest = hashlib.sha256()
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

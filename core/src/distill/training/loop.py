@@ -129,7 +129,7 @@ def distributed_over_ranks(
     if distributed.world_size() == 1:
         yield module
         return
-    wrapped = DistributedDataParallel(
+    wrapped: nn.Module = DistributedDataParallel(
         module,
         broadcast_buffers=False,
         find_unused_parameters=leaves_unused,

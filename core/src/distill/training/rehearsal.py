@@ -5,14 +5,14 @@ It runs in eval mode, so that no running statistics change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from distill.config.experiment import Experiment
+from distill.config.experiment import Experiment, Wired
 from distill.data.batch import Batch
 from distill.data.loader import Source, sample_batch
 from distill.errors import ConfigError, DataError
@@ -143,8 +143,11 @@ def _at_module(
     experiment: Experiment, assembly: Assembly, module: nn.Module, message: str
 ) -> ConfigError:
     stage = assembly.stage
-    parts = [(stage.auxiliary, assembly.auxiliary), (stage.criterion, assembly.terms)]
-    for described, modules in parts:
+    sections: list[tuple[Mapping[str, Wired], Mapping[str, nn.Module]]] = [
+        (stage.auxiliary, assembly.auxiliary),
+        (stage.criterion, assembly.terms),
+    ]
+    for described, modules in sections:
         for name, candidate in modules.items():
             if candidate is module:
                 return experiment.error(described[name].component.path, message)
@@ -164,4 +167,3 @@ def _leaves_unused(total: torch.Tensor, trainable: Iterable[nn.Parameter]) -> bo
             reached.add(id(node.variable))
         waiting += [following for following, _ in node.next_functions]
     return any(id(parameter) not in reached for parameter in trainable)
-

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distill import randomness
-from distill.config.experiment import Auxiliary, Component, Stage, Term
+from distill.config.experiment import Component, Stage, Wired
 from distill.errors import ConfigError, DistillError, Fault, did_you_mean
 from distill.model.capture import find_module, split_path, unknown_module
 from distill.model.criterion import Criterion
@@ -84,7 +84,9 @@ def assemble(
             auxiliary=auxiliary,
             criterion=Criterion(terms, weights),
             captures=wiring.captures,
-            autocast=(device.type, REDUCED[stage.precision]) if stage.precision in REDUCED else None,
+            autocast=(device.type, REDUCED[stage.precision])
+            if stage.precision in REDUCED
+            else None,
         )
     return assembly
 
@@ -111,7 +113,7 @@ class _Maker:
     faults: list[Fault]
 
     def modules(
-        self, kind: str, section: str, described: Mapping[str, Auxiliary] | Mapping[str, Term]
+        self, kind: str, section: str, described: Mapping[str, Wired]
     ) -> dict[str, nn.Module]:
         """Build a section's modules, or take those of the stage that the section comes from."""
         origin = self.stage.origins.get(section, self.stage.name)
@@ -150,7 +152,7 @@ class _Wiring:
 
     def calls(
         self,
-        described: Mapping[str, Auxiliary] | Mapping[str, Term],
+        described: Mapping[str, Wired],
         modules: Mapping[str, nn.Module],
     ) -> list[Call]:
         """Find the address of every argument; what has none is a fault."""
@@ -160,7 +162,7 @@ class _Wiring:
             if name in modules
         ]
 
-    def _arguments(self, part: Auxiliary | Term, module: nn.Module) -> dict[str, Address]:
+    def _arguments(self, part: Wired, module: nn.Module) -> dict[str, Address]:
         path = part.component.path
         wanted = wired_parameters(module.forward)
         open_ended = _takes_any(module.forward)
@@ -182,7 +184,7 @@ class _Wiring:
                 self._fault(path, self._unwired(part, name))
         return addresses
 
-    def _unwired(self, part: Auxiliary | Term, name: str) -> str:
+    def _unwired(self, part: Wired, name: str) -> str:
         stage = self.assembly.stage
         if name == "teacher" and not stage.teachers:
             return f"{part.component.type} needs a teacher, and stage '{stage.name}' has none"

@@ -49,7 +49,8 @@ def _forward(
         shift = layer.bias - mean * scale
     else:
         shift = -mean * scale
-    return (wide * scale.view(shape) + shift.view(shape)).to(inputs.dtype)
+    normalized: torch.Tensor = wide * scale.view(shape) + shift.view(shape)
+    return normalized.to(inputs.dtype)
 
 
 def _statistics(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

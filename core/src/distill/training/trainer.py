@@ -14,7 +14,7 @@ from torch import nn
 from distill import distributed
 from distill.config.experiment import Component, Stage
 from distill.data.loader import Plan, Source, sample_batch, training_batches
-from distill.errors import ConfigError, DistillError
+from distill.errors import ConfigError
 from distill.observer import (
     EpochEnd,
     Numbers,
@@ -30,7 +30,7 @@ from distill.training.evaluation import evaluate
 from distill.training.freezing import Unchanged
 from distill.training.loop import EpochSummary, Loop, Progress, distributed_over_ranks
 from distill.training.metrics import Metric
-from distill.training.optimizer import Optimization, build_optimization
+from distill.training.optimizer import build_optimization
 from distill.training.rehearsal import rehearse
 from distill.training.stage import REDUCED, Assembly, Parts, assemble, roles_in_force
 from distill.training.sync_batchnorm import synchronized
@@ -90,9 +90,7 @@ class SeedRun:
         Raises:
             ConfigError: with everything that keeps it from being put together.
         """
-        assembly = assemble(
-            self.builder, stage, self.models, self.parts, self.seed, self.device
-        )
+        assembly = assemble(self.builder, stage, self.models, self.parts, self.seed, self.device)
         if assembly.faults:
             raise ConfigError(assembly.faults)
         for key, module in self.parts.items():
@@ -331,9 +329,7 @@ class _Training:
         )
 
     def _log(self, epoch: int, progress: Progress) -> None:
-        left = (self.stage.epochs - epoch) * self.plan.size - (
-            progress.step * self.plan.batch_size
-        )
+        left = (self.stage.epochs - epoch) * self.plan.size - (progress.step * self.plan.batch_size)
         self.run.tell(
             "step_end",
             StepEnd(
@@ -394,8 +390,8 @@ def _measure_teachers(
         if accuracy < teacher.min_accuracy:
             raise run.builder.experiment.error(
                 path,
-                f"teacher '{teacher.model}' reaches an accuracy of {accuracy:.4f} on "
-                f"'{stage.data.validate}', less than {teacher.min_accuracy}; is its checkpoint right?",
+                f"teacher '{teacher.model}' reaches an accuracy of only {accuracy:.4f} on "
+                f"'{stage.data.validate}'; is its checkpoint right?",
             )
     return measured
 
