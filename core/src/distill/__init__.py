@@ -23,6 +23,9 @@ from distill.errors import (
 )
 from distill.hookspecs import hookimpl
 
+# At once: found on first use, the function would give way to the module of its name.
+from distill.plugins import plugins
+
 if TYPE_CHECKING:
     from distill.config.load import load as load
     from distill.data.batch import Batch as Batch
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from distill.observer import StageEnd as StageEnd
     from distill.observer import StageStart as StageStart
     from distill.observer import StepEnd as StepEnd
-    from distill.plugins import plugins as plugins
     from distill.runner import check as check
     from distill.runner import run as run
     from distill.training.metrics import Metric as Metric
@@ -55,7 +57,6 @@ _LAZY = {
     "StepEnd": "distill.observer",
     "check": "distill.runner",
     "load": "distill.config.load",
-    "plugins": "distill.plugins",
     "run": "distill.runner",
 }
 

@@ -29,14 +29,35 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
     numpy.random.seed(value & 0xFFFFFFFF)
 
 
-def seed_step(seed: int, stage: str, step: int, rank: int) -> None:
-    """Seed what models and losses draw from in one step: torch, on every device."""
-    torch.manual_seed(derive(seed, "step", stage, step, rank))
+def seed_step(
+    seed: int, stage: str, step: int, rank: int, device: torch.device = torch.device("cpu")
+) -> None:
+    """Seed what models and losses draw from in one step.
+
+    That is torch on the CPU and on ``device``, Python's random and numpy's global generator.
+    """
+    value = derive(seed, "step", stage, step, rank)
+    # torch.manual_seed would take half a millisecond while CUDA is not in use yet.
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
+    elif device.type == "mps":
+        torch.mps.manual_seed(value)
+    random.seed(value)
+    numpy.random.seed(value & 0xFFFFFFFF)
 
 
 @contextmanager
 def seeded(seed: int, *position: int | str) -> Iterator[None]:
-    """Let torch draw from one position, and leave its generators as they were."""
+    """Let torch, random and numpy draw from one position; leave their generators as they were."""
+    value = derive(seed, *position)
+    states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, *position))
-        yield
+        torch.manual_seed(value)
+        random.seed(value)
+        numpy.random.seed(value & 0xFFFFFFFF)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])

@@ -10,8 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distill.config.yaml_document import Document, Path, path_text
-from distill.errors import ConfigError, Fault
+from distill.errors import ConfigError, Fault, did_you_mean
 from distill.reference import Reference
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Places that hold a fault already told and were left out, so that the rest can be checked."""
+
+    paths: frozenset[Path] = frozenset()
+
+    def explain(self, around: Path, key: str) -> bool:
+        """Whether ``key`` is missing there for such a fault: its own, or a misspelling of it."""
+        gone = [str(path[-1]) for path in self.paths if path and path[:-1] == around]
+        return any(name == key or did_you_mean(name, [key]) for name in gone)
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,7 @@ class Experiment:
     Attributes:
         resolved: the same as plain data with defaults and inheritance filled in.
         document: the file as given with the place of every value.
+        gaps: what is left out of a faulty file; without faults, nothing.
     """
 
     name: str
@@ -149,6 +162,7 @@ class Experiment:
     observers: tuple[Component, ...]
     resolved: Mapping[str, Any]
     document: Document
+    gaps: Gaps = Gaps()
 
     def fault(self, path: Path, message: str) -> Fault:
         """Return a fault at a place of the file."""

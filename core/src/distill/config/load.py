@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from distill.config.experiment import Experiment
+from distill.config.experiment import Experiment, Gaps
 from distill.config.resolve import resolve
 from distill.config.schema import frame_faults
 from distill.config.yaml_document import Document, Path, override, read
@@ -36,25 +36,31 @@ def draft(document: Document) -> tuple[Experiment | None, list[Fault]]:
     frame = frame_faults(document)
     faults = [fault for _, fault in frame]
     data = copy.deepcopy(document.data)
-    removed: set[Path] = set()
+    gaps: set[Path] = set()
     while frame:
         for path, _ in frame:
-            blamed = _removable(path)
-            if len(blamed) < 2:  # a whole section or stage is missing or of the wrong kind
+            gap = _leave_out(data, path)
+            if gap is None:
                 return None, faults
-            _remove(data, blamed)
-            removed.add(blamed)
+            gaps.add(gap)
         frame = frame_faults(replace(document, data=data))
-    experiment, more = resolve(replace(document, data=data), frozenset(removed))
-    if experiment is not None:
-        experiment = replace(experiment, document=document)
+    experiment, more = resolve(document, data, Gaps(frozenset(gaps)))
     return experiment, faults + more
 
 
-def _removable(path: Path) -> Path:
-    """Return what to take out: the list around an item, since the places of others would shift."""
+def _leave_out(data: Any, path: Path) -> Path | None:
+    """Take the value at ``path`` out of ``data``; return its place, ``None`` if all hangs on it."""
+    if path in ((), ("name",)) and "stages" in data and data.get("name") != UNNAMED:
+        data["name"] = UNNAMED
+        return ("name",)
+    if len(path) == 2 and path[0] == "stages" and isinstance(data["stages"][path[1]], dict):
+        data["stages"][path[1]]["name"] = f"stages[{path[1]}]"
+        return (*path, "name")
     while path and isinstance(path[-1], int):
-        path = path[:-1]
+        path = path[:-1]  # the whole list, since the places of other items would shift
+    if path in ((), ("datasets",), ("models",), ("stages",)):
+        return None
+    _remove(data, path)
     return path
 
 

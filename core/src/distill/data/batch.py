@@ -85,7 +85,7 @@ def collate(samples: list[Sample]) -> Batch:
     targets = [sample.target for sample in samples]
     return Batch(
         inputs=default_collate([sample.input for sample in samples]),
-        targets=None if targets[0] is None else default_collate(targets),
+        targets=None if all(t is None for t in targets) else default_collate(targets),
         index=torch.tensor([sample.index for sample in samples]),
         extras=default_collate([dict(sample.extras) for sample in samples])
         if samples[0].extras

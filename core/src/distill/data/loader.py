@@ -197,7 +197,7 @@ class _Collate:
             good.append(sample)
         try:
             return collate(good)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, ValueError, LookupError) as error:
             return DataError(
                 f"data set '{self.name}': samples cannot be put into a batch: "
                 + _collate_hint(good[0].input, error)
@@ -207,4 +207,6 @@ class _Collate:
 def _collate_hint(value: Any, error: Exception) -> str:
     if type(value).__module__.split(".")[0] == "PIL":
         return "its inputs are PIL images; end its transforms with ToImage and ToDtype"
+    if isinstance(error, KeyError):
+        return f"not every sample has the key {error}"
     return str(error).split("\n")[0]

@@ -82,7 +82,7 @@ class Loop:
         return EpochSummary(totals.means(), totals.samples, monotonic() - started)
 
     def _step(self, batch: Batch, step: int, meter: Meter) -> None:
-        randomness.seed_step(self.seed, self.stage, step, distributed.rank())
+        randomness.seed_step(self.seed, self.stage, step, distributed.rank(), self.device)
         losses: dict[str, torch.Tensor] = self.module(batch)
         total = losses[TOTAL]
         self.optimization.step(total if batch.share == 1.0 else total * batch.share)

@@ -1,0 +1,9 @@
+import distill_datasets_vision as plugin
+import pytest
+
+
+@pytest.mark.parametrize("hook", ["distill_datasets", "distill_transforms", "distill_models"])
+def test_hooks_are_marked_and_return_named_factories(hook):
+    offered = getattr(plugin, hook)
+    assert offered.distill_impl
+    assert all(isinstance(name, str) and callable(make) for name, make in offered().items())
