@@ -32,7 +32,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run all tests; arguments behind -- go to pytest."""
-    _install(session, "pytest")
+    _install(session, "pytest", "pip")
     session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "2"})
 
 

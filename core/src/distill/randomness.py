@@ -29,9 +29,7 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
     numpy.random.seed(value & 0xFFFFFFFF)
 
 
-def seed_step(
-    seed: int, stage: str, step: int, rank: int, device: torch.device = torch.device("cpu")
-) -> None:
+def seed_step(seed: int, stage: str, step: int, rank: int, device: torch.device) -> None:
     """Seed what models and losses draw from in one step.
 
     That is torch on the CPU and on ``device``, Python's random and numpy's global generator.

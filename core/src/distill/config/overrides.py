@@ -1,0 +1,65 @@
+"""Overrides on the command line, which reach into what a stage inherits too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from distill.config.yaml_document import Document, Path, override
+
+_INSIDE_A_STAGE = re.compile(r"\s*stages[.\[](?P<stage>[^.\[\]=]+)\]?\.(?P<key>\w+)[.\[][^=]*=")
+
+
+def override_experiment(document: Document, assignments: Sequence[str]) -> Document:
+    """Return the document with assignments such as ``stages.kd.optimizer.params.lr=0.1`` done.
+
+    Where the stage inherits the key, what it inherits is written out first and then changed.
+
+    Raises:
+        ConfigError: with a fault for each assignment that addresses nothing or has a bad value.
+    """
+    for assignment in assignments:
+        document = _written_out(document, assignment)
+    return override(document, assignments)
+
+
+def _written_out(document: Document, assignment: str) -> Document:
+    """Copy to the addressed stage the key that it inherits."""
+    match = _INSIDE_A_STAGE.match(assignment)
+    stages: Any = document.data.get("stages")
+    if match is None or not isinstance(stages, list):
+        return document
+    number = _number(stages, match["stage"])
+    if number is None or match["key"] == "data":  # whose keys are inherited one by one
+        return document
+    slots = {"teacher", "teachers"} if match["key"] in ("teacher", "teachers") else {match["key"]}
+    if slots & stages[number].keys():
+        return document
+    for earlier in reversed(range(number)):
+        if isinstance(stages[earlier], dict) and slots & stages[earlier].keys():
+            return _copied(document, earlier, number, (slots & stages[earlier].keys()).pop())
+    return document
+
+
+def _copied(document: Document, source: int, target: int, key: str) -> Document:
+    stages = list(document.data["stages"])
+    stages[target] = {**stages[target], key: stages[source][key]}
+    origin: Path = ("stages", source, key)
+    places = {
+        ("stages", target, *path[2:]): place
+        for path, place in document.locations.items()
+        if path[:3] == origin
+    }
+    data = {**document.data, "stages": stages}
+    return replace(document, data=data, locations={**document.locations, **places})
+
+
+def _number(stages: list[Any], name: str) -> int | None:
+    names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) < len(stages) and isinstance(stages[int(name)], dict):
+        return int(name)
+    return None

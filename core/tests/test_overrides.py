@@ -1,0 +1,55 @@
+"""Overrides that reach into inherited keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill.config.overrides import override_experiment
+from distill.config.yaml_document import parse
+from distill.errors import ConfigError
+
+TEXT = """
+stages:
+  - name: one
+    optimizer: {type: SGD, params: {lr: 0.1, momentum: 0.9}}
+    teachers: {a: {model: big}}
+    data: {train: x}
+  - name: two
+  - name: three
+"""
+
+
+def test_an_inherited_key_is_written_out_before_it_is_changed() -> None:
+    changed = override_experiment(parse(TEXT), ["stages.three.optimizer.params.lr=0.5"])
+    one, two, three = changed.data["stages"]
+    assert three["optimizer"] == {"type": "SGD", "params": {"lr": 0.5, "momentum": 0.9}}
+    assert one["optimizer"]["params"]["lr"] == 0.1
+    assert "optimizer" not in two
+    assert changed.locate(("stages", 2, "optimizer", "type")).line == 4
+    assert changed.locate(("stages", 2, "optimizer", "params", "lr")).file.startswith("-s ")
+
+
+def test_a_key_of_the_stage_itself_is_changed_in_place() -> None:
+    changed = override_experiment(parse(TEXT), ["stages[0].optimizer.params.lr=0.5"])
+    assert changed.data["stages"][0]["optimizer"]["params"] == {"lr": 0.5, "momentum": 0.9}
+
+
+def test_several_overrides_of_one_inherited_key_add_up() -> None:
+    assignments = ["stages.two.optimizer.params.lr=0.5", "stages.two.optimizer.params.momentum=0"]
+    changed = override_experiment(parse(TEXT), assignments)
+    assert changed.data["stages"][1]["optimizer"]["params"] == {"lr": 0.5, "momentum": 0}
+
+
+def test_teachers_are_found_under_either_key() -> None:
+    changed = override_experiment(parse(TEXT), ["stages.two.teachers.a.mode=train"])
+    assert changed.data["stages"][1]["teachers"] == {"a": {"model": "big", "mode": "train"}}
+
+
+def test_data_is_left_to_inherit_key_by_key() -> None:
+    changed = override_experiment(parse(TEXT), ["stages.two.data.batch_size=8"])
+    assert changed.data["stages"][1]["data"] == {"batch_size": 8}
+
+
+def test_a_stage_that_does_not_exist_is_still_an_error() -> None:
+    with pytest.raises(ConfigError, match="did you mean three"):
+        override_experiment(parse(TEXT), ["stages.tree.optimizer.params.lr=0.5"])

@@ -1,0 +1,67 @@
+"""Everything the README shows is run, in its order, in one empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from distill import hookspecs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# (\S+\.(?:yaml|py|toml))\n")
+
+
+def test_files_commands_and_python_of_the_readme_run_as_they_stand(tmp_path: Path) -> None:
+    ran = 0
+    for language, text in BLOCKS:
+        file = FILE.match(text)
+        if file is not None:
+            (tmp_path / file[1]).write_text(text, "utf-8")
+        elif language == "console":
+            for line in text.splitlines():
+                assert line.startswith("$ distill "), line
+                _run(tmp_path, [sys.executable, "-m", *shlex.split(line.removeprefix("$ "))])
+                ran += 1
+        elif language == "python":
+            _run(tmp_path, [sys.executable, "-c", text])
+            ran += 1
+    assert ran >= 8
+    for name in ("digits-hint", "short", "two", "mine"):
+        assert (tmp_path / "runs" / name / "report.md").is_file()
+
+
+def test_the_two_commands_are_what_ci_and_the_sessions_run() -> None:
+    commands = [text.strip() for language, text in BLOCKS if not language and "nox" in text]
+    sessions = [command.rsplit(" ", 1)[1] for command in commands]
+    assert sessions == ["demo", "tests"]
+    noxfile = (ROOT / "noxfile.py").read_text("utf-8")
+    assert all(f"def {session}(session" in noxfile for session in sessions)
+    assert commands[1] in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+def test_the_hook_reference_is_that_of_hookspecs() -> None:
+    rows = dict(re.findall(r"^\| `(distill_\w+)` \| (.+) \|$", README, re.MULTILINE))
+    specs = {n: f for n, f in vars(hookspecs).items() if n.startswith(hookspecs.PROJECT + "_")}
+    assert set(rows) == set(specs)
+    for name, description in rows.items():
+        documented = " ".join((specs[name].__doc__ or "").split())
+        for code in re.findall(r"`([^`]+)`", description):
+            assert f"``{code}``" in documented, name
+
+
+def test_every_link_of_the_readme_leads_to_a_file() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def _run(folder: Path, command: list[str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
