@@ -1,11 +1,13 @@
 """Shared by core's tests: toy parts instead of installed plugins, and an experiment of them."""
 
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from distill import plugins
+from distill.registry import Registry
 
 torch.set_num_threads(1)
 
@@ -17,11 +19,11 @@ seed: 3
 device: cpu
 log_every: 5
 datasets:
-  train: {type: Blobs, params: {size: 24}, transforms: [{type: Scale, params: {factor: 0.5}}]}
-  val: {type: Blobs, params: {size: 12, seed: 1}}
+  train: {type: ToyData, params: {size: 24}, transforms: [{type: Scale, params: {factor: 0.5}}]}
+  val: {type: ToyData, params: {size: 12, seed: 1}}
 models:
-  wide: {type: MLP, params: {width: 16}}
-  thin: {type: MLP, params: {width: 4}}
+  wide: {type: ToyMLP, params: {hidden: 16}}
+  thin: {type: ToyMLP, params: {hidden: 4}}
 stages:
   - name: teach
     epochs: 2
@@ -40,12 +42,12 @@ stages:
       regressor:
         type: Linear
         params: {in_features: 4, out_features: 16}
-        inputs: {input: student.hidden}
+        inputs: {input: student.body}
     freeze: [student.head]
     criterion:
       hint:
         type: MSELoss
-        inputs: {input: regressor, target: teacher.hidden}
+        inputs: {input: regressor, target: teacher.body}
       kd: {type: Distance, weight: 0.5}
 test: {dataset: val, metrics: [accuracy], baseline: teach}
 observers:
@@ -59,18 +61,18 @@ def toys() -> Path:
     return TOYS
 
 
-@pytest.fixture
-def only_core(monkeypatch):
-    """Let core's own plugin be the only one that is installed."""
-    keep_core_alone(monkeypatch)
-
-
 @pytest.fixture(scope="session")
-def registry():
+def registry() -> Registry:
     """Core's parts and the toy parts, whatever else is installed."""
     with pytest.MonkeyPatch.context() as patch:
-        keep_core_alone(patch)
+        _hide_installed_plugins(patch)
         return plugins([TOYS])
+
+
+@pytest.fixture
+def only_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let core's own plugin be the only one that is installed."""
+    _hide_installed_plugins(monkeypatch)
 
 
 @pytest.fixture
@@ -80,21 +82,20 @@ def experiment_text() -> str:
 
 
 @pytest.fixture
-def place():
+def place() -> Callable[[str, str], str]:
     """Where a piece of text stands first: ``line:column``."""
 
     def find(text: str, piece: str) -> str:
-        index = text.index(piece)
-        return f"{text.count(chr(10), 0, index) + 1}:{index - text.rfind(chr(10), 0, index)}"
+        before = text[: text.index(piece)]
+        return f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
 
     return find
 
 
-def keep_core_alone(patch: pytest.MonkeyPatch) -> None:
-    """Hide every installed plugin but core's."""
+def _hide_installed_plugins(patch: pytest.MonkeyPatch) -> None:
     find = metadata.entry_points
 
-    def found(**wanted: str) -> list[metadata.EntryPoint] | metadata.EntryPoints:
+    def found(**wanted: str) -> object:
         points = find(**wanted)
         if wanted.get("group") != "distill":
             return points

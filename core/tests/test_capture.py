@@ -61,6 +61,21 @@ class ByKeyword(nn.Module):
         return self.layer(input=inputs)
 
 
+class Constant(nn.Module):
+    """Calls a submodule without arguments."""
+
+    class Zero(nn.Module):
+        def forward(self):
+            return torch.zeros(1)
+
+    def __init__(self):
+        super().__init__()
+        self.zero = self.Zero()
+
+    def forward(self, inputs):
+        return inputs + self.zero()
+
+
 def test_outputs_and_inputs_are_those_of_the_submodules():
     model = ToyMLP()
     with Capture(model, ["body.0", "head:input", "", ":input"]) as capture:
@@ -202,7 +217,7 @@ def test_a_wrong_path_is_answered_with_the_nearest_and_changes_nothing():
 def test_a_path_unlike_any_other_is_answered_with_what_there_is():
     model = ToyMLP()
     assert unknown_module(model, "encoder").endswith("(it has: body, dropout, head)")
-    assert unknown_module(model, "body.7xx").endswith("(body has: body.0, body.1)")
+    assert unknown_module(model, "body.transformer_block").endswith("(body has: body.0, body.1)")
     assert unknown_module(nn.ReLU(), "x").endswith("(it has: no submodules)")
 
 
@@ -216,10 +231,19 @@ def test_switched_off_it_records_nothing_and_notices_nothing():
         capture.pop()
 
 
-def test_an_input_passed_by_keyword_is_an_error_only_while_it_records():
+def test_an_input_passed_by_keyword_is_captured():
     model = ByKeyword()
     with Capture(model, ["layer:input"]) as capture:
-        with pytest.raises(DistillError, match="'layer:input': the module is called without"):
+        model(INPUTS)
+        assert capture.pop()["layer:input"] is INPUTS
+
+
+def test_a_module_called_without_arguments_is_an_error_only_while_it_records():
+    model = Constant()
+    with Capture(model, ["zero:input"]) as capture:
+        with pytest.raises(
+            DistillError, match="'zero:input' is not there: the module is called without"
+        ):
             model(INPUTS)
         capture.enabled = False
         model(INPUTS)

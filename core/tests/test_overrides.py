@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from distill.config.overrides import override_experiment
 from distill.config.yaml_document import parse
 from distill.errors import ConfigError

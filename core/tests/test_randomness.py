@@ -4,6 +4,8 @@ import numpy
 import torch
 from distill import randomness
 
+CPU = torch.device("cpu")
+
 
 def draws():
     return torch.rand(1).item(), random.random(), float(numpy.random.rand())
@@ -37,25 +39,25 @@ def test_samples_and_epochs_draw_differently():
 
 
 def test_a_step_draws_the_same_from_all_three_generators_whatever_was_drawn_before():
-    randomness.seed_step(1, "kd", 5, 0)
+    randomness.seed_step(1, "kd", 5, 0, CPU)
     first = draws()
     draws()
-    randomness.seed_step(1, "kd", 5, 0)
+    randomness.seed_step(1, "kd", 5, 0, CPU)
     assert draws() == first
 
 
 def test_steps_stages_and_ranks_draw_differently():
     drawn = set()
     for stage, step, rank in [("a", 0, 0), ("b", 0, 0), ("a", 1, 0), ("a", 0, 1)]:
-        randomness.seed_step(1, stage, step, rank)
+        randomness.seed_step(1, stage, step, rank, CPU)
         drawn.update(draws())
     assert len(drawn) == 12
 
 
 def test_seeded_block_draws_from_its_position_and_leaves_the_generators_as_they_were():
-    randomness.seed_step(1, "a", 0, 0)
+    randomness.seed_step(1, "a", 0, 0, CPU)
     undisturbed = draws()
-    randomness.seed_step(1, "a", 0, 0)
+    randomness.seed_step(1, "a", 0, 0, CPU)
     with randomness.seeded(3, "model"):
         first = draws()
     assert draws() == undisturbed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.errors import DistillError
+from distill.errors import DistillError, UsageError
 from distill.registry import SINGULAR
 
 if TYPE_CHECKING:
@@ -237,11 +237,12 @@ def _open(
 ) -> tuple[Experiment, Registry]:
     """Load plugins and file; report the frame's faults together with those of the components."""
     from distill.config.load import draft
-    from distill.config.yaml_document import override, read
+    from distill.config.overrides import override_experiment
+    from distill.config.yaml_document import read
     from distill.errors import ConfigError
     from distill.plugins import plugins as load_plugins
 
-    experiment, faults = draft(override(read(file), overrides))
+    experiment, faults = draft(override_experiment(read(file), overrides))
     registry = load_plugins(plugin_files)
     if faults:
         if experiment is not None:
@@ -270,7 +271,7 @@ def _shape(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise DistillError(f"--input {text}: write numbers with commas, e.g. 3,224,224") from None
+        raise UsageError(f"--input {text}: write numbers with commas, e.g. 3,224,224") from None
 
 
 def _shortened(names: Sequence[str], limit: int = 8) -> str:

@@ -13,6 +13,12 @@ class DistillError(Exception):
     exit_code = 70
 
 
+class UsageError(DistillError):
+    """A command was asked for something that is not there."""
+
+    exit_code = 2
+
+
 class PluginError(DistillError):
     """A plugin is missing, broken, or offers a name that another one offers too."""
 

@@ -14,7 +14,7 @@ from distill.config.experiment import Experiment
 from distill.config.yaml_document import override, parse
 from distill.data.batch import map_tensors
 from distill.data.loader import sample_batch
-from distill.errors import DistillError, did_you_mean
+from distill.errors import DistillError, UsageError, did_you_mean
 from distill.model.wiring import describe
 from distill.registry import Registry
 from distill.signature import bind
@@ -46,7 +46,7 @@ def inspect_model(name: str, model: nn.Module, inputs: Any) -> Inspected:
     """Run the model once and note every submodule's shapes.
 
     Raises:
-        DistillError: if the model cannot take these inputs.
+        UsageError: if the model cannot take these inputs.
     """
     seen: dict[str, tuple[str, str]] = {}
     modules = [(path, module) for path, module in model.named_modules() if path]
@@ -54,9 +54,9 @@ def inspect_model(name: str, model: nn.Module, inputs: Any) -> Inspected:
     try:
         with torch.no_grad():
             output = model.eval()(inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # a model is foreign code
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DistillError(f"{name} cannot take inputs {describe(inputs)}: {text}") from error
+        raise UsageError(f"{name} cannot take inputs {describe(inputs)}: {text}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -73,18 +73,20 @@ def named_model(
     """Inspect a model that a plugin brings.
 
     Raises:
-        DistillError: if there is no such model, a parameter does not fit, or no shape is given.
+        UsageError: if there is no such model, a parameter does not fit, or no shape is given.
     """
     if shape is None:
-        raise DistillError("give the shape of one input, e.g. --input 3,224,224")
+        raise UsageError("give the shape of one input, e.g. --input 3,224,224")
     factory = registry.find("models", name).factory
     binding = bind(factory, override(parse("{}"), params).data)
     if binding.problems:
-        raise DistillError("; ".join(problem.message for problem in binding.problems))
+        raise UsageError("; ".join(problem.message for problem in binding.problems))
     try:
         return _inspect(name, lambda: factory(**binding.arguments), torch.zeros(2, *shape))
-    except (TypeError, ValueError) as error:
-        raise DistillError(f"{name} cannot be built: {error}") from error
+    except DistillError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{name} cannot be built: {error}") from error
 
 
 def models_of_file(
@@ -93,7 +95,7 @@ def models_of_file(
     """Inspect the models of a file, with inputs of its own training data or of a given shape."""
     if only is not None and only not in experiment.models:
         hint = did_you_mean(only, experiment.models)
-        raise DistillError(f"there is no model '{only}' in {experiment.document.file}{hint}")
+        raise UsageError(f"there is no model '{only}' in {experiment.document.file}{hint}")
     builder = Builder(experiment, registry)
     if shape is None:
         source = builder.source(experiment.stages[0].data.train)
@@ -112,7 +114,7 @@ def _inspect(name: str, build: Callable[[], nn.Module], inputs: Any) -> Inspecte
     try:
         with torch.device("meta"):
             return inspect_model(name, build(), map_tensors(lambda t: t.to("meta"), inputs))
-    except (DistillError, RuntimeError):
+    except Exception:
         return inspect_model(name, build(), inputs)
 
 

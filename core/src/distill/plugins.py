@@ -77,7 +77,7 @@ def _load_file(file: Path) -> tuple[PluginRecord, list[Entry]]:
     try:
         spec.loader.exec_module(module)
         offered = _offered(module, str(file))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise PluginError(f"-p {file}: {_cause(error, file)}") from error
     if not offered:
@@ -94,8 +94,8 @@ def _offered(plugin: ModuleType, provider: str) -> list[Entry]:
     return [
         Entry(kind, name, factory, provider)
         for kind in SINGULAR
-        for components in getattr(manager.hook, PREFIX + kind)()
-        for name, factory in _valid(kind, components)
+        for implementation in getattr(manager.hook, PREFIX + kind).get_hookimpls()
+        for name, factory in _valid(kind, implementation.function())
     ]
 
 
@@ -111,7 +111,7 @@ def _refuse_unknown_hooks(manager: pluggy.PluginManager) -> None:
 def _valid(kind: str, components: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(components, Mapping):
         raise PluginError(
-            f"{PREFIX}{kind} returned {type(components).__name__}; it must return a dict "
+            f"{PREFIX}{kind} returned {_kind_of(components)}; it must return a dict "
             "of name -> factory"
         )
     for name, factory in components.items():
@@ -121,6 +121,10 @@ def _valid(kind: str, components: Any) -> Iterator[tuple[str, Any]]:
                 "a class or function"
             )
         yield name, factory
+
+
+def _kind_of(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def _names(offered: Sequence[Entry]) -> dict[str, list[str]]:
@@ -133,6 +137,7 @@ def _names(offered: Sequence[Entry]) -> dict[str, list[str]]:
 def _cause(error: BaseException, file: Path | None = None) -> str:
     """Say what went wrong in one line, and in which line of the plugin."""
     text = f"{type(error).__name__}: {error}" if not isinstance(error, PluginError) else str(error)
+    text = " ".join(text.split())
     if isinstance(error, SyntaxError) or file is None:
         return text
     frames = traceback.extract_tb(error.__traceback__)

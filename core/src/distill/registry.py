@@ -110,7 +110,7 @@ class Registry:
             SINGULAR[k] for k, offers in self._entries.items() if k != kind and name in offers
         ]
         if others:
-            message += f"; '{name}' is the name of a {others[0]}"
+            message += f"; '{name}' is the name of {_article(others[0])} {others[0]}"
         package = known_components().get(kind, {}).get(name)
         installed = {record.distribution for record in self.records if record.error is None}
         if package and package not in installed:
@@ -121,6 +121,10 @@ class Registry:
                     f"; plugin {record.provider} is broken and might bring it: {record.error}"
                 )
         return message
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
 
 
 def known_components() -> dict[str, dict[str, str]]:

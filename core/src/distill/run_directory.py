@@ -12,6 +12,8 @@ import yaml
 
 from distill import distributed
 from distill.config.experiment import Experiment
+from distill.config.yaml_document import read
+from distill.config.yaml_values import plain_value
 from distill.errors import ConfigError, Fault, StorageError
 from distill.training.checkpoint import write_atomically
 
@@ -31,12 +33,14 @@ def open_run(root: Path, experiment: Experiment) -> Iterator[Path]:
     if not distributed.is_main():
         yield directory
         return
-    directory.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(directory / ".lock")
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise StorageError(f"another process is running in {directory}") from None
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be used: {error.strerror}") from error
     try:
         _claim(directory, experiment)
         yield directory
@@ -51,14 +55,34 @@ def seed_directory(directory: Path, experiment: Experiment, seed: int) -> Path:
 
 def resolved_text(experiment: Experiment) -> str:
     """Return the experiment with defaults and inheritance filled in, itself a valid file."""
-    text: str = yaml.safe_dump(_plain(experiment.resolved), sort_keys=False, allow_unicode=True)
+    plain = _plain(experiment.resolved)
+    text: str = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+def _represent_text(_dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quote text that PyYAML would leave bare though an experiment file takes it for a number."""
+    try:
+        is_text = isinstance(plain_value(text), str)
+    except ValueError:
+        is_text = False
+    return yaml.ScalarNode("tag:yaml.org,2002:str", text, style=None if is_text else "'")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what an experiment file reads back as it was."""
+
+    yaml_representers = {**yaml.SafeDumper.yaml_representers, str: _represent_text}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write everything out where it stands, as inheritance means it."""
+        return True
 
 
 def _claim(directory: Path, experiment: Experiment) -> None:
     resolved = directory / RESOLVED
     if resolved.exists():
-        before = yaml.safe_load(resolved.read_text("utf-8"))
+        before = _read(resolved)
         changes = list(_changes(before, _plain(experiment.resolved), ""))
         if changes:
             raise ConfigError([_changed(directory, experiment, changes)])
@@ -66,6 +90,15 @@ def _claim(directory: Path, experiment: Experiment) -> None:
     text = experiment.document.text
     write_atomically(directory / GIVEN, lambda file: file.write_text(text, "utf-8"))
     write_atomically(resolved, lambda file: file.write_text(resolved_text(experiment), "utf-8"))
+
+
+def _read(resolved: Path) -> Any:
+    try:
+        return read(resolved).data
+    except ConfigError as error:
+        raise StorageError(
+            f"{resolved} is damaged, so that its run cannot be continued; move it away: {error}"
+        ) from error
 
 
 def _changed(directory: Path, experiment: Experiment, changes: list[str]) -> Fault:

@@ -16,7 +16,7 @@ from distill import distributed
 from distill.config.experiment import Experiment
 from distill.data.loader import Source
 from distill.environment import describe_environment
-from distill.errors import ConfigError, DistillError, did_you_mean
+from distill.errors import ConfigError, UsageError, did_you_mean
 from distill.observer import Observer, Position, RunEnd, RunStart, StageResult
 from distill.plugins import plugins
 from distill.registry import Registry
@@ -136,7 +136,7 @@ def evaluate(
         known = list(experiment.datasets)
         asked = f"there is no data set '{dataset}' in" if dataset else "name a data set of"
         hint = did_you_mean(dataset or "", known) or f" (there are: {', '.join(known)})"
-        raise DistillError(f"{asked} {experiment.document.file}{hint}")
+        raise UsageError(f"{asked} {experiment.document.file}{hint}")
     builder = Builder(experiment, registry)
     device = distributed.device(experiment.device)
     seed = experiment.seeds[0]

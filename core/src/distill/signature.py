@@ -10,6 +10,7 @@ import collections.abc
 import enum
 import inspect
 import os
+import pathlib
 import sys
 import types
 import typing
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.errors import did_you_mean
+
+LONGEST_LIST_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,11 @@ class Binding:
 
 
 class _Mismatch(Exception):
-    """A value does not fit a hint; the text says what was expected."""
+    """A value does not fit a hint: what was expected, and ``nearest`` the names that come near."""
+
+    def __init__(self, expected: str, nearest: str = ""):
+        super().__init__(expected)
+        self.nearest = nearest
 
 
 def bind(factory: Callable[..., Any], params: Mapping[str, Any], *, provided: int = 0) -> Binding:
@@ -45,6 +52,7 @@ def bind(factory: Callable[..., Any], params: Mapping[str, Any], *, provided: in
     accepted, open_ended = _accepted(factory, provided)
     arguments: dict[str, Any] = {}
     problems: list[Problem] = []
+    unknown = [key for key in params if key not in accepted and not open_ended]
     for key, value in params.items():
         if key not in accepted:
             if open_ended:
@@ -55,11 +63,14 @@ def bind(factory: Callable[..., Any], params: Mapping[str, Any], *, provided: in
         try:
             arguments[key] = _convert(value, accepted[key].annotation)
         except _Mismatch as expected:
-            problems.append(Problem(key, f"expected {expected}, got {show(value)}"))
+            text = f"expected {expected}, got {show(value)}{expected.nearest}"
+            problems.append(Problem(key, text))
     problems += [
         Problem("", f"the parameter '{name}' is missing")
         for name, parameter in accepted.items()
-        if parameter.default is inspect.Parameter.empty and name not in params
+        if parameter.default is inspect.Parameter.empty
+        and name not in params
+        and not any(did_you_mean(key, [name]) for key in unknown)
     ]
     return Binding(arguments, problems)
 
@@ -83,7 +94,9 @@ def show(value: Any) -> str:
         return f"the text '{value}'"
     if isinstance(value, (int, float)):
         return f"the number {value}"
-    return "a mapping" if isinstance(value, Mapping) else "a list"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    return f"the list {value}" if len(str(value)) <= LONGEST_LIST_SHOWN else "a list"
 
 
 def _accepted(
@@ -116,7 +129,8 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, typing.get_args(hint))
     if origin is typing.Literal:
-        return _expect(value in typing.get_args(hint), value, _describe(hint))
+        options = [option for option in typing.get_args(hint) if type(option) is type(value)]
+        return _expect(value in options, value, _describe(hint))
     if hint is None or hint is types.NoneType:
         return _expect(value is None, value, "nothing")
     return _convert_class(value, hint, origin if origin is not None else hint)
@@ -152,21 +166,29 @@ def _convert_class(value: Any, hint: Any, cls: Any) -> Any:
 
 
 def _sequence(value: Any, hint: Any, cls: type) -> Any:
-    _expect(isinstance(value, (list, tuple)), value, _describe(hint))
+    expected = _describe(hint)
+    _expect(isinstance(value, (list, tuple)), value, expected)
     args = typing.get_args(hint)
-    if cls is tuple and args and args[-1] is not Ellipsis:
-        _expect(len(value) == len(args), value, f"a list of {len(args)}")
-        return tuple(_convert(item, arg) for item, arg in zip(value, args, strict=True))
-    items = [_convert(item, args[0]) for item in value] if args else list(value)
-    return tuple(items) if cls is tuple else items
+    is_counted = cls is tuple and bool(args) and args[-1] is not Ellipsis
+    hints = args if is_counted else (args[:1] or (Any,)) * len(value)
+    _expect(len(value) == len(hints), value, expected)
+    try:
+        items = [_convert(item, inner) for item, inner in zip(value, hints, strict=True)]
+    except _Mismatch:
+        raise _Mismatch(expected) from None
+    return cls(items) if cls in (tuple, set, frozenset) else items
 
 
 def _enum_member(value: Any, cls: type[enum.Enum]) -> enum.Enum:
     for member in cls:
-        if value == member.value or str(value).split(".")[-1].lower() == member.name.lower():
+        if type(value) is type(member.value) and value == member.value:
             return member
-    names = [member.name for member in cls]
-    raise _Mismatch(f"one of {', '.join(names)}" if names else "nothing")
+    members = {name.lower(): member for name, member in cls.__members__.items()}  # and aliases
+    name = str(value).lower().removeprefix(f"{cls.__name__.lower()}.")
+    if name not in members:
+        nearest = did_you_mean(str(value), cls.__members__)
+        raise _Mismatch(f"one of {', '.join(cls.__members__) or 'nothing'}", nearest)
+    return members[name]
 
 
 def _torch_value(value: Any, name: str) -> Any:
@@ -177,7 +199,10 @@ def _torch_value(value: Any, name: str) -> Any:
         return _expect(isinstance(found, torch.dtype), found, "a type such as float32 or uint8")
     if name == "Tensor":
         _expect(isinstance(value, (list, tuple)), value, "a list of numbers")
-        return torch.tensor(value)
+        try:  # as floats, since that is what losses weigh with
+            return torch.tensor(value, dtype=torch.get_default_dtype())
+        except (TypeError, ValueError):
+            raise _Mismatch("a list of numbers") from None
     return value
 
 
@@ -198,6 +223,10 @@ def _text(value: Any, _hint: Any) -> Any:
     return _expect(isinstance(value, str), value, "text")
 
 
+def _path(value: Any, hint: Any) -> Any:
+    return pathlib.Path(_text(value, hint))
+
+
 def _mapping(value: Any, hint: Any) -> Any:
     return _expect(isinstance(value, Mapping), value, _describe(hint))
 
@@ -209,6 +238,7 @@ _PLAIN: dict[Any, Callable[[Any, Any], Any]] = {
     bool: _boolean,
     str: _text,
     os.PathLike: _text,
+    pathlib.Path: _path,
     dict: _mapping,
 }
 
@@ -224,6 +254,8 @@ _WORDS = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    pathlib.Path: "text",
+    os.PathLike: "text",
     dict: "a mapping",
     types.NoneType: "nothing",
 }
@@ -246,7 +278,20 @@ def _describe(hint: Any) -> str:
         if issubclass(origin, collections.abc.Mapping):
             return "a mapping"
         if issubclass(origin, collections.abc.Iterable):
-            items = [a for a in args if a is not Ellipsis]
-            return f"a list of {_describe(items[0]).removeprefix('a ')}s" if items else "a list"
+            return _describe_list(origin, args)
         return getattr(origin, "__name__", str(origin))
     return str(origin)
+
+
+def _describe_list(cls: type, args: tuple[Any, ...]) -> str:
+    items = [arg for arg in args if arg is not Ellipsis]
+    if not items:
+        return "a list"
+    count = f"{len(items)} " if cls is tuple and len(items) == len(args) else ""
+    return f"a list of {count}{_plural(_describe(items[0]))}"
+
+
+def _plural(noun: str) -> str:
+    if noun.startswith("a list"):
+        return f"lists{noun.removeprefix('a list')}"
+    return f"{noun.removeprefix('a ')}s" if noun.startswith("a ") else noun

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from distill.config.experiment import Experiment, Stage
-from distill.errors import DistillError, did_you_mean
+from distill.errors import StorageError, UsageError, did_you_mean
 from distill.registry import Registry
 from distill.run_directory import seed_directory
 from distill.training.build import Builder
@@ -36,13 +36,13 @@ def find_stage(experiment: Experiment, name: str | None) -> Stage:
     """Return a stage by name, by default the last.
 
     Raises:
-        DistillError: if there is none of that name.
+        UsageError: if there is none of that name.
     """
     stages = {stage.name: stage for stage in experiment.stages}
     if name is None:
         return experiment.stages[-1]
     if name not in stages:
-        raise DistillError(_unknown("stage", name, stages, experiment))
+        raise UsageError(_unknown("stage", name, stages, experiment))
     return stages[name]
 
 
@@ -58,14 +58,15 @@ def trained_model(
         directory: the run's folder; without one, weights are those the file names.
 
     Raises:
-        DistillError: if there is no such model, or the run has not trained it yet.
+        UsageError: if there is no such model.
+        StorageError: if the run has not trained it yet.
     """
     stage = find_stage(experiment, choice.stage)
     name = _model_name(experiment, stage, choice.model)
     seed = experiment.seeds[0] if choice.seed is None else choice.seed
     if seed not in experiment.seeds:
         known = ", ".join(map(str, experiment.seeds))
-        raise DistillError(f"{experiment.document.file} has no seed {seed} (seeds: {known})")
+        raise UsageError(f"{experiment.document.file} has no seed {seed} (seeds: {known})")
     model = Builder(experiment, registry).model(name, seed).eval()
     trained = _stages_that_train(experiment, stage, name) if directory is not None else []
     if directory is None or not trained:
@@ -75,7 +76,7 @@ def trained_model(
     try:
         load_weights(model, folder / f"{choice.weights}.safetensors")
     except ValueError as error:
-        raise DistillError(f"the run has no weights of '{name}': {error}") from error
+        raise StorageError(f"the run has no weights of '{name}': {error}") from error
     return model, f"model {name}, {choice.weights} of stage {trained[-1].name}, seed {seed}"
 
 
@@ -86,7 +87,7 @@ def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
         return roles[name]
     if name not in experiment.models:
         known = {**roles, **experiment.models}
-        raise DistillError(_unknown("model", name, known, experiment))
+        raise UsageError(_unknown("model", name, known, experiment))
     return name
 
 

@@ -41,6 +41,8 @@ class Accuracy:
         targets = batch.targets
         if not isinstance(output, torch.Tensor) or not isinstance(targets, torch.Tensor):
             raise DataError("accuracy needs logits and labels as tensors")
+        if output.dim() < 2:
+            raise DataError(f"accuracy needs logits (B, K), got shape {tuple(output.shape)}")
         expected = (output.shape[0], *output.shape[2:])
         if tuple(targets.shape) != expected:
             raise DataError(

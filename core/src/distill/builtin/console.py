@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from time import monotonic
@@ -28,8 +29,8 @@ class Console(Observer):
         environment = event.environment
         processes = environment.get("processes", 1)
         self._line(
-            f"{event.name}: {len(event.stages)} stage{_s(event.stages)}, "
-            f"{self._seeds} seed{_s(event.seeds)}, {environment.get('device')}"
+            f"{event.name}: {_count(len(event.stages), 'stage')}, "
+            f"{_count(self._seeds, 'seed')}, {environment.get('device')}"
             f"{f', {processes} processes' if processes != 1 else ''} -> {event.directory}"
         )
         for seed, position in event.resumed.items():
@@ -48,7 +49,8 @@ class Console(Observer):
         seed = f"seed {event.position.seed}, " if self._seeds > 1 else ""
         self._line(
             f"\n{seed}stage {event.name}: {event.student} ({event.parameters:,} parameters, "
-            f"{event.trainable:,} trained), {event.epochs} epochs of {event.steps} steps"
+            f"{event.trainable:,} trained), {_count(event.epochs, 'epoch')} "
+            f"of {_count(event.steps, 'step')}"
         )
         for role, metrics in event.teachers.items():
             measured = _metrics(metrics) or "not measured: the stage has no validation data"
@@ -65,6 +67,7 @@ class Console(Observer):
             f"{_duration(event.seconds_left)} left"
         )
         if self._moving:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot move
             self._stream.write("\r" + text.ljust(self._width))
             self._stream.flush()
             self._width = len(text)
@@ -120,5 +123,5 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _s(items: object) -> str:
-    return "" if len(items) == 1 else "s"  # type: ignore[arg-type]
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -22,12 +22,10 @@ class ResultFiles(Observer):
     def run_start(self, event: RunStart) -> None:
         """Take up the metrics where the run goes on, and note what it runs on."""
         self._start = event
-        self._students: list[Path] = []
         self._sessions = [*_read_sessions(event.directory), dict(event.environment)]
         _write_json(event.directory / ENVIRONMENT, self._sessions)
-        kept = _still_valid(event)
-        self._metrics = (event.directory / METRICS).open("w", encoding="utf-8")
-        self._metrics.writelines(kept)
+        _write(event.directory / METRICS, "".join(_still_valid(event)))
+        self._metrics = (event.directory / METRICS).open("a", encoding="utf-8")
 
     def stage_start(self, event: StageStart) -> None:
         """Record the teachers' quality."""
@@ -69,7 +67,7 @@ class ResultFiles(Observer):
         results = [vars(result) for result in event.results]
         _write_json(self._start.directory / RESULTS, results)
         report = _report(self._start, event, self._sessions)
-        (self._start.directory / REPORT).write_text(report, encoding="utf-8")
+        _write(self._start.directory / REPORT, report)
 
     def close(self) -> None:
         """Close the metrics."""
@@ -114,7 +112,14 @@ def _read_sessions(directory: Path) -> list[dict[str, Any]]:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write(file, json.dumps(content, indent=2) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace what the file holds, which a crash meanwhile leaves as it was."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def _report(start: RunStart, end: RunEnd, sessions: list[dict[str, Any]]) -> str:
@@ -127,7 +132,7 @@ def _report(start: RunStart, end: RunEnd, sessions: list[dict[str, Any]]) -> str
         f"# {start.name}",
         f"## Results\n\n{end.table}\n\nMeasured {end.measured_on}.",
         "## Training\n\n" + _code("\n".join(_command(session) for session in sessions)),
-        "## Evaluation\n\n" + _code(f"distill eval {folder}"),
+        "## Evaluation\n\n" + _code(shlex.join(["distill", "eval", str(folder)])),
         "## Trained students\n\nThe student alone, for `load_state_dict(strict=True)`:\n\n"
         + "\n".join(f"- `{file}`" for file in students),
         "## Dependencies\n\n" + _code("\n".join(f"{k}=={v}" for k, v in packages.items() if v)),

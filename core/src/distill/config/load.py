@@ -9,10 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from distill.config.experiment import Experiment, Gaps
+from distill.config.overrides import override_experiment
 from distill.config.resolve import resolve
 from distill.config.schema import frame_faults
-from distill.config.yaml_document import Document, Path, override, read
+from distill.config.yaml_document import Document, Path, read
 from distill.errors import ConfigError, Fault
+
+UNNAMED = "unnamed"
 
 
 def load(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
@@ -25,7 +28,7 @@ def load(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Experim
     Raises:
         ConfigError: with every fault of the frame; components are checked by ``check``.
     """
-    experiment, faults = draft(override(read(file), overrides))
+    experiment, faults = draft(override_experiment(read(file), overrides))
     if experiment is None or faults:
         raise ConfigError(faults)
     return experiment
@@ -54,7 +57,7 @@ def _leave_out(data: Any, path: Path) -> Path | None:
         data["name"] = UNNAMED
         return ("name",)
     if len(path) == 2 and path[0] == "stages" and isinstance(data["stages"][path[1]], dict):
-        data["stages"][path[1]]["name"] = f"stages[{path[1]}]"
+        data["stages"][path[1]]["name"] = f"{UNNAMED}-{path[1]}"
         return (*path, "name")
     while path and isinstance(path[-1], int):
         path = path[:-1]  # the whole list, since the places of other items would shift

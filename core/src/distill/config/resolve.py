@@ -14,6 +14,7 @@ from distill.config.experiment import (
     Data,
     Dataset,
     Experiment,
+    Gaps,
     Model,
     Stage,
     Student,
@@ -44,8 +45,15 @@ STAGE_DEFAULTS: dict[str, Any] = {
     "sync_batchnorm": True,
 }
 DATA_DEFAULTS: dict[str, Any] = {"validate": None, "workers": 0, "drop_last": False}
-STAGE_REQUIRED = ("epochs", "data", "student", "criterion", "optimizer")
-DATA_REQUIRED = ("train", "batch_size")
+STAGE_REQUIRED: dict[str, Any] = {
+    "epochs": 1,
+    "data": {**DATA_DEFAULTS},
+    "student": {"model": ""},
+    "criterion": {},
+    "optimizer": {"type": ""},
+}
+"""What a stage must have, and what stands in for it while the rest of a faulty file is checked."""
+DATA_REQUIRED: dict[str, Any] = {"train": "", "batch_size": 1}
 
 
 @dataclass
@@ -62,49 +70,56 @@ class _StageDraft:
 @dataclass
 class _Resolver:
     document: Document
-    removed: frozenset[Path]
+    data: Mapping[str, Any]
+    gaps: Gaps
     faults: list[Fault] = field(default_factory=list)
+    missing: set[str] = field(default_factory=set)
 
     def fault(self, path: Path, message: str) -> None:
         text = path_text(path, self.document.data)
         self.faults.append(Fault(message, text, self.document.locate(path)))
 
-    def known(self, path: Path, what: str, name: str, names: Iterable[str]) -> None:
-        """Fault a name that the file does not define."""
-        names = list(names)
-        if name not in names:
-            hint = did_you_mean(name, names) or f" (defined: {', '.join(names) or 'none'})"
-            self.fault(path, f"there is no {what} '{name}' in this file{hint}")
+    def known(self, path: Path, what: str, name: str, section: str) -> None:
+        """Fault a name that a section of the file does not define."""
+        names = list(self.data[section])
+        if name and name not in names and not self.gaps.explain((section,), name):
+            self.unknown(path, what, name, names)
+
+    def unknown(self, path: Path, what: str, name: str, names: Iterable[str]) -> None:
+        hint = did_you_mean(name, names) or f" (defined: {', '.join(names) or 'none'})"
+        self.fault(path, f"there is no {what} '{name}' in this file{hint}")
 
     def reference(self, path: Path, text: str) -> reference.Reference | None:
         try:
             return reference.parse(text)
         except ValueError as error:
             self.fault(path, str(error))
+            self.gaps = Gaps(self.gaps.paths | {path})
             return None
 
 
 def resolve(
-    document: Document, removed: frozenset[Path] = frozenset()
-) -> tuple[Experiment | None, list[Fault]]:
+    document: Document, given: Mapping[str, Any], gaps: Gaps
+) -> tuple[Experiment, list[Fault]]:
     """Build the experiment from data that fits the schema.
 
     Args:
-        document: the file; its data must have the schema's form.
-        removed: places already faulted and taken out, whose absence is no fault of its own.
+        document: the file.
+        given: its data, as far as it has the schema's form.
+        gaps: what of it was left out, the consequences of which are no faults of their own.
 
     Returns:
-        The experiment of the stages that are whole (``None`` if none is), and the faults.
+        The experiment, which can be run if there are no faults, and the faults.
     """
-    resolver = _Resolver(document, removed)
-    data = {**EXPERIMENT_DEFAULTS, **document.data}
-    drafts = [draft for draft in _inherit(resolver) if _complete(resolver, draft)]
+    resolver = _Resolver(document, given, gaps)
+    data = {**EXPERIMENT_DEFAULTS, **given}
+    drafts = _inherit(resolver)
+    for draft in drafts:
+        _fill_in(resolver, draft)
     _check_stage_names(resolver)
     stages = tuple(_stage(resolver, draft) for draft in drafts)
     test = _test(resolver, data["test"])
     seeds = _seeds(resolver)
-    if not stages:
-        return None, resolver.faults
     experiment = Experiment(
         name=data["name"],
         seeds=seeds,
@@ -121,6 +136,7 @@ def resolve(
             "stages": [{"name": draft.name, **draft.values} for draft in drafts],
         },
         document=document,
+        gaps=resolver.gaps,
     )
     return experiment, resolver.faults
 
@@ -129,7 +145,7 @@ def _inherit(resolver: _Resolver) -> list[_StageDraft]:
     """Fill into each stage what it leaves out from the stage before; null clears."""
     drafts: list[_StageDraft] = []
     before = _StageDraft("", (), dict(STAGE_DEFAULTS), {}, {})
-    for number, given in enumerate(resolver.document.data["stages"]):
+    for number, given in enumerate(resolver.data["stages"]):
         path: Path = ("stages", number)
         written, places = _slots(resolver, path, given)
         if before.values.get("data") and "data" in written:
@@ -164,26 +180,37 @@ def _slots(
         values["teachers"] = {reference.TEACHER: one} if one else {}
         places["teachers"] = places.pop("teacher")
         places["teachers.teacher"] = places["teachers"]
+    elif values.get("teachers"):
+        base = places["teachers"]
+        places.update({f"teachers.{role}": (*base, role) for role in values["teachers"]})
     return values, places
 
 
-def _complete(resolver: _Resolver, draft: _StageDraft) -> bool:
-    data = draft.values.get("data", {})
-    missing = [key for key in STAGE_REQUIRED if key not in draft.values]
-    missing += [f"data.{key}" for key in DATA_REQUIRED if data and key not in data]
+def _fill_in(resolver: _Resolver, draft: _StageDraft) -> None:
+    """Fault what a stage must have and has not, once a file, and let something stand in for it."""
+    values = draft.values
+    missing = [key for key in STAGE_REQUIRED if key not in values]
     for key in missing:
-        if not _was_removed(resolver, draft, key):
+        values[key] = STAGE_REQUIRED[key]
+        draft.places.setdefault(key, draft.path)
+    lacking = [key for key in DATA_REQUIRED if key not in values["data"]]
+    values["data"] = {**DATA_REQUIRED, **values["data"]}
+    missing += [] if "data" in missing else [f"data.{key}" for key in lacking]
+    for key in missing:
+        if key not in resolver.missing and not _is_gap(resolver, draft, key):
             resolver.fault(draft.path, f"'{key}' is missing, and no stage before this one gives it")
-    return not missing
+        resolver.missing.add(key)
 
 
-def _was_removed(resolver: _Resolver, draft: _StageDraft, key: str) -> bool:
+def _is_gap(resolver: _Resolver, draft: _StageDraft, key: str) -> bool:
+    """Whether the stage, or one it inherits from, would have ``key`` but for a fault."""
+    *around, last = key.split(".")
     earlier = range(int(draft.path[1]) + 1)
-    return any(("stages", n, *key.split(".")) in resolver.removed for n in earlier)
+    return any(resolver.gaps.explain(("stages", n, *around), last) for n in earlier)
 
 
 def _check_stage_names(resolver: _Resolver) -> None:
-    names = [stage["name"] for stage in resolver.document.data["stages"]]
+    names = [stage["name"] for stage in resolver.data["stages"]]
     for number, name in enumerate(names):
         if name in names[:number]:
             resolver.fault(("stages", number, "name"), f"two stages are called '{name}'")
@@ -193,8 +220,7 @@ def _stage(resolver: _Resolver, draft: _StageDraft) -> Stage:
     values, places = draft.values, draft.places
     teachers = _teachers(resolver, draft)
     student = Student(values["student"]["model"], places["student"])
-    models = resolver.document.data["models"]
-    resolver.known((*places["student"], "model"), "model", student.model, models)
+    resolver.known((*places["student"], "model"), "model", student.model, "models")
     _check_roles(resolver, draft, teachers, student)
     stage = Stage(
         name=draft.name,
@@ -217,7 +243,8 @@ def _stage(resolver: _Resolver, draft: _StageDraft) -> Stage:
         origins=draft.origins,
         places=places,
     )
-    if stage.keep == "best" and stage.data.validate is None:
+    unmeasured = stage.data.validate is None and not _is_gap(resolver, draft, "data.validate")
+    if stage.keep == "best" and unmeasured:
         resolver.fault(places["keep"], "'best' needs data.validate to measure by")
     _check_owners(resolver, draft, stage)
     return stage
@@ -231,10 +258,10 @@ def _teachers(resolver: _Resolver, draft: _StageDraft) -> dict[str, Teacher]:
         teachers[role] = Teacher(
             given["model"], given.get("mode", "eval"), given.get("min_accuracy"), path
         )
-        names = resolver.document.data["models"]
-        resolver.known((*path, "model"), "model", given["model"], names)
-        validate = draft.values["data"].get("validate")
-        if teachers[role].min_accuracy is not None and validate is None:
+        resolver.known((*path, "model"), "model", given["model"], "models")
+        unmeasured = draft.values["data"].get("validate") is None
+        unmeasured = unmeasured and not _is_gap(resolver, draft, "data.validate")
+        if teachers[role].min_accuracy is not None and unmeasured:
             resolver.fault((*path, "min_accuracy"), "needs data.validate to measure on")
     return teachers
 
@@ -245,7 +272,7 @@ def _check_roles(
     for role, teacher in teachers.items():
         if role in reference.RESERVED:
             resolver.fault(teacher.path, f"a teacher cannot be called '{role}'")
-        if teacher.model == student.model:
+        if teacher.model == student.model and student.model:
             resolver.fault(
                 (*teacher.path, "model"),
                 f"'{student.model}' is this stage's student too; define a second model",
@@ -260,8 +287,8 @@ def _data(resolver: _Resolver, draft: _StageDraft) -> Data:
     values = draft.values["data"]
     for key in ("train", "validate"):
         if values[key] is not None:
-            names = resolver.document.data["datasets"]
-            resolver.known(draft.places[f"data.{key}"], "data set", values[key], names)
+            place = draft.places.get(f"data.{key}", draft.path)
+            resolver.known(place, "data set", values[key], "datasets")
     return Data(**values, path=draft.places["data"])
 
 
@@ -308,31 +335,43 @@ def _inputs(
 
 def _check_owners(resolver: _Resolver, draft: _StageDraft, stage: Stage) -> None:
     """Fault references to models and modules that this stage does not have."""
-    owners = [*reference.RESERVED, *stage.teachers, *stage.auxiliary]
+    owners = list(dict.fromkeys([*reference.RESERVED, *stage.teachers, *stage.auxiliary]))
     parts: list[Wired] = [*stage.auxiliary.values(), *stage.criterion.values()]
     for part in parts:
         for key, ref in part.inputs.items():
-            if ref.owner not in owners:
+            if ref.owner not in owners and not _is_lost(resolver, draft, ref.owner):
                 hint = did_you_mean(ref.owner, owners) or f" (there are: {', '.join(owners)})"
                 where = f"stage '{draft.name}' has no '{ref.owner}'"
                 resolver.fault((*part.component.path, "inputs", key), where + hint)
+
+
+def _is_lost(resolver: _Resolver, draft: _StageDraft, owner: str) -> bool:
+    """Whether a fault hides what the stage calls ``owner``."""
+    sections = ("teacher", "teachers", "auxiliary")
+    places = [*sections, f"teachers.{owner}", f"auxiliary.{owner}"]
+    return any(_is_gap(resolver, draft, place) for place in places)
 
 
 def _test(resolver: _Resolver, given: Mapping[str, Any] | None) -> Test | None:
     if given is None:
         return None
     path: Path = ("test",)
-    names = resolver.document.data["datasets"]
-    resolver.known((*path, "dataset"), "data set", given["dataset"], names)
+    resolver.known((*path, "dataset"), "data set", given["dataset"], "datasets")
     if "baseline" in given:
-        stages = [stage["name"] for stage in resolver.document.data["stages"]]
-        resolver.known((*path, "baseline"), "stage", given["baseline"], stages)
+        _check_baseline(resolver, given["baseline"])
     metrics = _components(given.get("metrics", DEFAULT_METRICS), (*path, "metrics"))
     return Test(given["dataset"], metrics, given.get("baseline"), path)
 
 
+def _check_baseline(resolver: _Resolver, name: str) -> None:
+    stages = [stage["name"] for stage in resolver.data["stages"]]
+    unnamed = [n for n in range(len(stages)) if resolver.gaps.explain(("stages", n), "name")]
+    if name not in stages and not unnamed:
+        resolver.unknown(("test", "baseline"), "stage", name, stages)
+
+
 def _seeds(resolver: _Resolver) -> tuple[int, ...]:
-    data = resolver.document.data
+    data = resolver.data
     if "seed" in data and "seeds" in data:
         resolver.fault(("seeds",), "give either 'seed' or 'seeds', not both")
     return tuple(data.get("seeds", [data.get("seed", 0)]))

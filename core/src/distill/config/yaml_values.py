@@ -128,7 +128,7 @@ def _tag_message(node: Node) -> str:
 
 
 def _resolve(text: str, tag: str | None) -> Any:
-    value = text if tag == TEXT_TAG else _implicit(text)
+    value = text if tag == TEXT_TAG else plain_value(text)
     if isinstance(value, str) and _UNWRITABLE.search(value):
         raise ValueError("the text has a character that no file or file name can hold")
     if tag is None or tag == TEXT_TAG:
@@ -140,8 +140,12 @@ def _resolve(text: str, tag: str | None) -> Any:
     return value
 
 
-def _implicit(text: str) -> Any:
-    """What a text without quotes and tag stands for."""
+def plain_value(text: str) -> Any:
+    """Return what a text without quotes and tag stands for.
+
+    Raises:
+        ValueError: if it is a number that is too large.
+    """
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):

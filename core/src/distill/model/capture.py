@@ -10,9 +10,18 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from distill.data.batch import map_tensors
 from distill.errors import DistillError, did_you_mean
 
 INPUT = ":input"
+
+
+class CaptureError(DistillError):
+    """What the submodule at ``path`` takes or gives cannot be recorded."""
+
+    def __init__(self, path: str, message: str):
+        self.path = path
+        super().__init__(f"'{path}' {message}")
 
 
 class Capture:
@@ -58,20 +67,25 @@ class Capture:
         """Return path -> value of the last forward, and forget them.
 
         Raises:
-            DistillError: if a submodule did not run, ran more than once, or its value has been
-                overwritten since.
+            CaptureError: if a submodule did not run, or its value has been overwritten since.
         """
-        missing = [path for path in self.paths if path not in self._values]
         overwritten = self.overwritten()
-        values, self._values, self._versions = self._values, {}, {}
-        if missing:
-            raise DistillError(f"'{missing[0]}' did not run in the model's forward")
-        if overwritten:
-            raise DistillError(
-                f"'{overwritten[0]}' was overwritten in place after it was captured; "
-                "capture it with clone=True"
-            )
-        return values
+        try:
+            self.check_complete()
+            if overwritten:
+                raise CaptureError(
+                    overwritten[0],
+                    "was overwritten in place after it was captured; capture it with clone=True",
+                )
+            return self._values
+        finally:
+            self.clear()
+
+    def check_complete(self) -> None:
+        """Raise ``CaptureError`` if a submodule has not run in the last forward."""
+        for path in self.paths:
+            if path not in self._values:
+                raise CaptureError(path, "did not run in the model's forward")
 
     def overwritten(self) -> list[str]:
         """Return the paths whose recorded value has been changed in place since."""
@@ -106,12 +120,13 @@ class Capture:
     def _hook(self, path: str, module: nn.Module) -> RemovableHandle:
         if path.endswith(INPUT):
 
-            def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                if not args:
-                    raise DistillError(f"'{path}': the module is called without arguments")
-                self._record(path, args[0])
+            def before(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+                given = [*args, *named.values()]
+                if self.enabled and not given:
+                    raise CaptureError(path, "is not there: the module is called without arguments")
+                self._record(path, given[0] if given else None)
 
-            return module.register_forward_pre_hook(before)
+            return module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             self._record(path, output)
@@ -123,11 +138,11 @@ class Capture:
             return
         if path in self._values:
             self.clear()
-            raise DistillError(
-                f"'{path}' runs more than once in a forward; capture a module around it instead"
+            raise CaptureError(
+                path, "runs more than once in a forward; capture a module around it instead"
             )
         if path in self.cloned:
-            value = value.clone() if isinstance(value, torch.Tensor) else value
+            value = map_tensors(torch.Tensor.clone, value)
         self._values[path] = value
         self._versions[path] = _versions(value)
 
@@ -178,7 +193,7 @@ def _switch_off_inplace(model: nn.Module) -> list[Any]:
 
 def _versions(value: Any) -> list[int]:
     if isinstance(value, torch.Tensor):
-        return [value._version]
+        return [] if value.is_inference() else [value._version]  # those are not counted
     if isinstance(value, dict):
         return [version for item in value.values() for version in _versions(item)]
     if isinstance(value, (list, tuple)):

@@ -27,12 +27,19 @@ class Criterion(nn.Module):
 
     def forward(self, values: Values) -> dict[str, torch.Tensor]:
         """Return each term's scalar under its name, unweighted, and their sum as ``total``."""
-        losses: dict[str, torch.Tensor] = {}
+        losses = self.terms(values)
+        losses[TOTAL] = self.total(losses)
+        return losses
+
+    def terms(self, values: Values) -> dict[str, torch.Tensor]:
+        """Return each term under its name, unweighted."""
+        return {term.name: term(values) for term, _ in self._terms}
+
+    def total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the weighted sum of the terms."""
         total: torch.Tensor | None = None
         for term, weight in self._terms:
-            loss = losses[term.name] = term(values)
-            weighted = loss if weight == 1.0 else loss * weight
+            weighted = losses[term.name] if weight == 1.0 else losses[term.name] * weight
             total = weighted if total is None else total + weighted
         assert total is not None, "a criterion has at least one term"
-        losses[TOTAL] = total
-        return losses
+        return total

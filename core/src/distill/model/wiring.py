@@ -57,28 +57,45 @@ class Call:
     arguments: Mapping[str, Address]
 
     def __call__(self, values: Values) -> Any:
-        arguments = {name: address.read(values) for name, address in self.arguments.items()}
+        """Return what the module gives for its arguments.
+
+        Raises:
+            CallError: if an argument is not there or the module fails.
+        """
+        try:
+            arguments = {name: address.read(values) for name, address in self.arguments.items()}
+        except DistillError as error:
+            raise CallError(self.module, str(error)) from error
         try:
             return self.module(**arguments)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, DistillError):
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise CallError(self.module, self._given(arguments), error) from error
+        except Exception as error:  # the module is foreign code
+            raise CallError(self.module, self._failure(arguments, error)) from error
 
-    def _given(self, arguments: Mapping[str, Any]) -> str:
-        return ", ".join(
+    def _failure(self, arguments: Mapping[str, Any], error: Exception) -> str:
+        given = ", ".join(
             f"{name}={self.arguments[name].text} {describe(value)}"
             for name, value in arguments.items()
         )
+        return f"{type(self.module).__name__} failed on {given}: {first_line(error)}"
 
 
 class CallError(DistillError):
     """An auxiliary module or loss, ``module``, failed on what it was given."""
 
-    def __init__(self, module: nn.Module, given: str, error: Exception):
+    def __init__(self, module: nn.Module, message: str):
         self.module = module
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        super().__init__(f"{type(module).__name__} failed on {given}: {text}")
+        super().__init__(message)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of foreign code says, in one line."""
+    kind, text = type(error).__name__, str(error).strip()
+    if not text:
+        return kind
+    first = text.splitlines()[0]
+    return first if isinstance(error, (RuntimeError, ValueError)) else f"{kind}: {first}"
 
 
 def describe(value: Any) -> str:

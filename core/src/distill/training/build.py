@@ -79,20 +79,22 @@ class Builder:
         return model
 
     def source(self, name: str) -> Source:
-        """Open a data set.
+        """Open a data set; what it and its transforms draw when they are built is the same always.
 
         Raises:
             DataError: if its files are missing or it is empty.
         """
         spec = self.experiment.datasets[name]
         path = spec.component.path
-        try:
-            dataset = self.component("datasets", spec.component)
-        except ConfigError as error:
-            if isinstance(error.__cause__, (OSError, RuntimeError)):  # its files, not its settings
-                raise DataError(str(error)) from error
-            raise
-        transforms = self.components("transforms", spec.transforms)
+        with randomness.seeded(self.experiment.seeds[0], "data set", name):
+            try:
+                dataset = self.component("datasets", spec.component)
+            except ConfigError as error:
+                # Its files, not its settings.
+                if isinstance(error.__cause__, (OSError, RuntimeError)):
+                    raise DataError(str(error)) from error
+                raise
+            transforms = self.components("transforms", spec.transforms)
         source = Source(name, dataset, transforms)
         if len(source) == 0:
             fault = self.experiment.fault(path, "the data set is empty")

@@ -56,9 +56,21 @@ class _Checker:
             self.faults += assembly.faults
             if assembly.distiller is not None:
                 assembly.distiller.release()
-        parameters = [nn.Parameter(torch.zeros(1))]
+        else:
+            for kind, component in _wired(stage):
+                self.faults += self.builder.faults(kind, component)
+        if stage.optimizer.type:  # else it is missing, which is a fault of the frame
+            self._optimization(stage)
+
+    def _optimization(self, stage: Stage) -> None:
+        # With memory and two dimensions, since some optimizers refuse what has not.
+        parameters = [nn.Parameter(torch.zeros(1, 1, device="cpu"))]
         optimizer = self._attempt(self.builder.component, "optimizers", stage.optimizer, parameters)
-        if stage.scheduler is not None and optimizer is not None:
+        if stage.scheduler is None:
+            return
+        if optimizer is None:
+            self.faults += self.builder.faults("schedulers", stage.scheduler, provided=1)
+        else:
             self._attempt(self.builder.component, "schedulers", stage.scheduler, optimizer)
 
     def _attempt(self, function: Callable[..., T], *args: Any) -> T | None:
@@ -75,6 +87,13 @@ def _opened_later(experiment: Experiment) -> Iterator[tuple[str, Component]]:
         yield "datasets", dataset.component
     for observer in experiment.observers:
         yield "observers", observer
+
+
+def _wired(stage: Stage) -> Iterator[tuple[str, Component]]:
+    for module in stage.auxiliary.values():
+        yield "auxiliary_modules", module.component
+    for term in stage.criterion.values():
+        yield "losses", term.component
 
 
 def _built_at_once(experiment: Experiment) -> Iterator[tuple[str, Component]]:

@@ -51,7 +51,8 @@ def evaluate(
             module.training = mode
     for metric in metrics.values():
         merge_over_ranks(metric)
-    return {name: metric.compute() for name, metric in metrics.items()}
+    # Plain numbers: a checkpoint with numpy's could not be loaded again.
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def _update(model: nn.Module, batch: Batch, metrics: Mapping[str, Metric]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import monotonic
 
@@ -18,6 +18,7 @@ from distill.errors import NumericalError
 from distill.model.criterion import TOTAL
 from distill.training.metrics import Meter
 from distill.training.optimizer import Optimization
+from distill.training.sync_batchnorm import uncounted
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,23 @@ class Loop:
             NumericalError: if a mean loss is not finite.
         """
         self.module.train()
-        meter, totals = Meter(), _Totals()
+        meter, totals, step = Meter(), _Totals(), first_step
         started = last = monotonic()
         for number, batch in enumerate(batches, start=1):
-            self._step(batch.to(self.device, non_blocking=True), first_step + number - 1, meter)
+            self._step(batch.to(self.device, non_blocking=True), step, meter)
+            step += 1
             if number % self.log_every == 0:
-                losses, samples = self._read(meter, totals, first_step + number)
+                losses, samples = self._read(meter, totals, step)
                 now = monotonic()
                 on_log(Progress(number, losses, samples / max(now - last, 1e-9)))
                 last = now
-        self._read(meter, totals, first_step)
+        self._read(meter, totals, step)
         return EpochSummary(totals.means(), totals.samples, monotonic() - started)
 
     def _step(self, batch: Batch, step: int, meter: Meter) -> None:
         randomness.seed_step(self.seed, self.stage, step, distributed.rank(), self.device)
-        losses: dict[str, torch.Tensor] = self.module(batch)
+        with nullcontext() if batch.share else uncounted():
+            losses: dict[str, torch.Tensor] = self.module(batch)
         total = losses[TOTAL]
         self.optimization.step(total if batch.share == 1.0 else total * batch.share)
         meter.add(losses, len(batch) if batch.share else 0)
@@ -135,12 +138,25 @@ def distributed_over_ranks(
         find_unused_parameters=leaves_unused,
         gradient_as_bucket_view=True,
     )
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     wrapped.train()
-    for _ in range(2):
-        wrapped(batch)[TOTAL].backward()
+    with buffers_kept(module):
+        for _ in range(2):
+            wrapped(batch)[TOTAL].backward()
     module.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(before[name])
     yield wrapped
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Give buffers back what they held: running statistics, memory banks, counters."""
+    before = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffers, held in before:  # those that a forward made anew or replaced
+            buffers.clear()
+            buffers.update(held)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)

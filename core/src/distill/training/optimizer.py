@@ -32,10 +32,10 @@ class Optimization:
         """Follow the gradient of ``loss`` once."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
         else:
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
 

@@ -1,10 +1,11 @@
 """Two samples through a whole stage before anything is trained: shapes, classes, gradients.
 
-It runs in eval mode, so that no running statistics change.
+It runs in eval mode and gives buffers back what they held, so that it leaves no trace.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distill.config.experiment import Experiment, Wired
+from distill.config.experiment import Experiment, Stage, Wired
+from distill.config.yaml_document import Path as ConfigPath
 from distill.data.batch import Batch
 from distill.data.loader import Source, sample_batch
-from distill.errors import ConfigError, DataError
+from distill.errors import ConfigError, DataError, DistillError
+from distill.model.capture import CaptureError
 from distill.model.distiller import Distiller, value_name
-from distill.model.wiring import CallError, Values, describe, to_float32
+from distill.model.wiring import CallError, Values, describe, first_line, to_float32
+from distill.training.loop import buffers_kept
 from distill.training.stage import Assembly
 
 
@@ -46,21 +50,31 @@ def rehearse(
     """
     distiller = assembly.distiller
     assert distiller is not None
+    _check_steps(experiment, assembly.stage, source)
     batch = sample_batch(source, 2, seed).to(device)
-    with _in_eval_mode(distiller):
+    with _in_eval_mode(distiller), buffers_kept(distiller):
         copied = []
         for role in distiller.models():
-            _run_alone(experiment, assembly, source, role, batch)
-            copied += _copy_overwritten(distiller, role)
+            copied += _run_alone(experiment, assembly, source, role, batch)
         try:
             values = distiller.values(batch)
             _check_classes(experiment, assembly, source, values)
-            losses = distiller.criterion(to_float32(values))
+            with _broadcasting_refused():
+                losses = distiller.criterion.terms(to_float32(values))
         except CallError as error:
             raise _at_module(experiment, assembly, error.module, str(error)) from error
     for name, module in assembly.terms.items():
         _check_term(experiment, assembly, module, losses[name])
-    return Rehearsal(_leaves_unused(losses["total"], assembly.trainable()), tuple(copied))
+    total = distiller.criterion.total(losses)
+    return Rehearsal(_leaves_unused(total, assembly.trainable()), tuple(copied))
+
+
+@contextmanager
+def _broadcasting_refused() -> Iterator[None]:
+    """Make an error of torch's warning that a loss compares tensors of different shapes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Using a (target|input) size", UserWarning)
+        yield
 
 
 @contextmanager
@@ -76,22 +90,48 @@ def _in_eval_mode(distiller: Distiller) -> Iterator[None]:
             module.training = mode
 
 
+def _check_steps(experiment: Experiment, stage: Stage, source: Source) -> None:
+    if stage.data.drop_last and len(source) < stage.data.batch_size:
+        raise experiment.error(
+            stage.data.path,
+            f"data set '{source.name}' has {len(source)} samples, less than one batch of "
+            f"{stage.data.batch_size}, and drop_last leaves those out",
+        )
+
+
 def _run_alone(
     experiment: Experiment, assembly: Assembly, source: Source, role: str, batch: Batch
-) -> None:
-    """Call one model, so that a failure is laid at its door."""
+) -> list[str]:
+    """Call one model, so that a failure is laid at its door; return what has to be copied."""
     stage, distiller = assembly.stage, assembly.distiller
     assert distiller is not None
     try:
         with torch.no_grad():
             distiller.run_model(role, batch.inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        copied = _copy_overwritten(distiller, role)
+        distiller.captures[role].check_complete()
+    except CaptureError as error:
+        place, text = _reference_to(stage, value_name(role, error.path))
+        raise experiment.error(place, f"'{text}': {error}") from error
+    except (torch.OutOfMemoryError, DistillError):
+        raise
+    except Exception as error:  # the model is foreign code
         path = stage.student.path if role == "student" else stage.teachers[role].path
         raise experiment.error(
             path,
             f"{type(assembly.roles[role]).__name__} fails on data set '{source.name}' "
-            f"(inputs {describe(batch.inputs)}): {str(error).strip().splitlines()[0]}",
+            f"(inputs {describe(batch.inputs)}): {first_line(error)}",
         ) from error
+    return copied
+
+
+def _reference_to(stage: Stage, name: str) -> tuple[ConfigPath, str]:
+    """Return where the file refers to a captured value, and how."""
+    for part in (*stage.auxiliary.values(), *stage.criterion.values()):
+        for key, ref in part.inputs.items():
+            if ref.text == name or ref.text.startswith(f"{name}."):
+                return (*part.component.path, "inputs", key), ref.text
+    raise AssertionError("only what a reference names is captured")
 
 
 def _copy_overwritten(distiller: Distiller, role: str) -> list[str]:
@@ -99,7 +139,6 @@ def _copy_overwritten(distiller: Distiller, role: str) -> list[str]:
     capture = distiller.captures[role]
     overwritten = capture.overwritten()
     capture.cloned.update(overwritten)
-    capture.clear()
     return [value_name(role, path) for path in overwritten]
 
 

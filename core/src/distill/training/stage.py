@@ -19,7 +19,7 @@ from distill.model.capture import find_module, split_path, unknown_module
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import Address, Call
-from distill.reference import BATCH_VALUES, DEFAULT_WIRED, STUDENT, Reference
+from distill.reference import BATCH_VALUES, DEFAULT_WIRED, STUDENT, TEACHER, Reference
 from distill.signature import wired_parameters
 from distill.training.build import Builder
 from distill.training.freezing import frozen_parameters
@@ -167,8 +167,9 @@ class _Wiring:
         wanted = wired_parameters(module.forward)
         open_ended = _takes_any(module.forward)
         addresses = {}
+        unknown = [name for name in part.inputs if name not in wanted and not open_ended]
         for name, ref in part.inputs.items():
-            if name not in wanted and not open_ended:
+            if name in unknown:
                 hint = did_you_mean(name, wanted) or f" (it takes: {', '.join(wanted)})"
                 text = f"{part.component.type} takes no input '{name}'{hint}"
                 self._fault((*path, "inputs", name), text)
@@ -176,13 +177,27 @@ class _Wiring:
             if address is not None:
                 addresses[name] = address
         for name, required in wanted.items():
-            if name in part.inputs:
+            if name in part.inputs or self._is_told((*path, "inputs"), name, unknown):
                 continue
             if name in DEFAULT_WIRED and (name in self.assembly.roles or name == "targets"):
                 addresses[name] = Address(name, name)
-            elif required:
+            elif required and not self._is_teacher_lost(name):
                 self._fault(path, self._unwired(part, name))
         return addresses
+
+    def _is_told(self, path: tuple[str | int, ...], name: str, unknown: list[str]) -> bool:
+        """Whether an input is missing for a fault already told: it is misspelt or unreadable."""
+        gaps = self.builder.experiment.gaps
+        return gaps.explain(path, name) or any(did_you_mean(other, [name]) for other in unknown)
+
+    def _is_teacher_lost(self, name: str) -> bool:
+        number = int(self.assembly.stage.path[1])
+        gaps = self.builder.experiment.gaps
+        return name == TEACHER and any(
+            gaps.explain(("stages", n), key)
+            for n in range(number + 1)
+            for key in ("teacher", "teachers")
+        )
 
     def _unwired(self, part: Wired, name: str) -> str:
         stage = self.assembly.stage
@@ -248,6 +263,7 @@ def roles_in_force(assembly: Assembly) -> Iterator[None]:
     modules = [*assembly.roles.values(), *assembly.auxiliary.values(), *assembly.terms.values()]
     parameters = [p for module in modules for p in module.parameters()]
     before = [p.requires_grad for p in parameters]
+    modes = {part: part.training for module in modules for part in module.modules()}
     for role, teacher in assembly.stage.teachers.items():
         assembly.roles[role].requires_grad_(False).train(teacher.mode == "train")
     for parameter in assembly.frozen:
@@ -257,5 +273,7 @@ def roles_in_force(assembly: Assembly) -> Iterator[None]:
     finally:
         for parameter, flag in zip(parameters, before, strict=True):
             parameter.requires_grad_(flag)
+        for part, mode in modes.items():
+            part.training = mode
         if assembly.distiller is not None:
             assembly.distiller.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill import distributed
+
+_COUNTED: ContextVar[bool] = ContextVar("counted", default=True)
 
 
 @contextmanager
@@ -32,6 +35,16 @@ def synchronized(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave this process's samples out of the statistics: they only keep step with the others."""
+    token = _COUNTED.set(False)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
 
 
 def _forward(
@@ -56,12 +69,13 @@ def _forward(
 def _statistics(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return mean and biased variance per channel, and the number of values, over processes."""
     dims = [0, *range(2, inputs.dim())]
+    weight = 1.0 if _COUNTED.get() else 0.0
     own = inputs.new_full((1,), inputs.numel() / inputs.shape[1])
-    sums = collective.all_reduce(torch.cat([inputs.sum(dims), own]))
+    sums = collective.all_reduce(torch.cat([inputs.sum(dims), own]) * weight)
     mean, count = sums[:-1] / sums[-1], sums[-1].detach()
     shape = (1, -1) + (1,) * (inputs.dim() - 2)
     # Deviations from the common mean, in a second exchange: E[x²] - E[x]² would cancel.
-    squares = (inputs - mean.view(shape)).square().sum(dims)
+    squares = (inputs - mean.view(shape)).square().sum(dims) * weight
     return mean, collective.all_reduce(squares) / count, count
 
 

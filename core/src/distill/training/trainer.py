@@ -135,10 +135,12 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
     """
     stage = run.builder.experiment.stages[number]
     run.trained.add(stage.student.model)
+    run.trained.update(t.model for t in stage.teachers.values() if t.mode == "train")
     assembly = run.assemble(stage)
     with ExitStack() as stack:
         stack.enter_context(roles_in_force(assembly))
-        training = _prepare(run, number, stage, assembly, stack)
+        teachers = _measure_teachers(run, stage, assembly) if state is None else state["teachers"]
+        training = _prepare(run, number, stage, assembly, teachers, stack)
         if state is not None:
             training.resume(state)
         training.train()
@@ -146,16 +148,20 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
 
 
 def _prepare(
-    run: SeedRun, number: int, stage: Stage, assembly: Assembly, stack: ExitStack
+    run: SeedRun,
+    number: int,
+    stage: Stage,
+    assembly: Assembly,
+    teachers: dict[str, dict[str, float]],
+    stack: ExitStack,
 ) -> _Training:
     source = run.sources[stage.data.train]
     rehearsal = rehearse(run.builder.experiment, assembly, source, run.seed, run.device)
     optimization = build_optimization(run.builder, stage, assembly.trainable(), run.device)
-    teachers = _measure_teachers(run, stage, assembly)
     distiller = assembly.distiller
     assert distiller is not None
     if stage.sync_batchnorm:
-        stack.enter_context(synchronized([distiller.student, distiller.auxiliary]))
+        stack.enter_context(synchronized([distiller]))
     batch = sample_batch(source, 2, run.seed).to(run.device)
     module = stack.enter_context(
         distributed_over_ranks(distiller, batch, leaves_unused=rehearsal.unused)
@@ -241,7 +247,7 @@ class _Training:
             self._write("best")
         watched = next(iter(self.validation.values()), None)
         self.loop.optimization.end_epoch(watched)
-        self.run.save(self.number, epoch + 1, self._state())
+        # Told before it is saved: what a kill in between leaves recorded is void on resuming.
         self.run.tell(
             "epoch_end",
             EpochEnd(
@@ -256,6 +262,7 @@ class _Training:
                 is_best=is_best,
             ),
         )
+        self.run.save(self.number, epoch + 1, self._state())
 
     def finish(self) -> StageResult:
         """Write the student, keep the weights that go on, and measure them on the test data."""
@@ -282,7 +289,6 @@ class _Training:
             teachers=self.teachers,
         )
         self.run.results.append(result)
-        self.run.save(self.number + 1, 0, {})
         files = [self.directory / f"{name}.safetensors" for name in ("last", "best")]
         self.run.tell(
             "stage_end",
@@ -292,6 +298,7 @@ class _Training:
                 [file for file in files if file.exists()],
             ),
         )
+        self.run.save(self.number + 1, 0, {})
         return result
 
     def _measure(
@@ -312,6 +319,7 @@ class _Training:
             "best": vars(self.best),
             "validation": dict(self.validation),
             "seconds": self.seconds,
+            "teachers": self.teachers,
         }
 
     def _start_event(self) -> StageStart:
@@ -329,7 +337,7 @@ class _Training:
         )
 
     def _log(self, epoch: int, progress: Progress) -> None:
-        left = (self.stage.epochs - epoch) * self.plan.size - (progress.step * self.plan.batch_size)
+        left = (self.stage.epochs - epoch) * self.plan.steps - progress.step
         self.run.tell(
             "step_end",
             StepEnd(
@@ -342,7 +350,7 @@ class _Training:
                 losses=progress.losses,
                 lr=self.loop.optimization.lr,
                 samples_per_second=progress.samples_per_second,
-                seconds_left=left / max(progress.samples_per_second, 1e-9),
+                seconds_left=left * self.plan.batch_size / max(progress.samples_per_second, 1e-9),
             ),
         )
 

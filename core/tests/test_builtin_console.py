@@ -1,0 +1,177 @@
+import io
+from pathlib import Path
+
+import pytest
+from distill.builtin import console
+from distill.builtin.console import Console
+from distill.observer import (
+    EpochEnd,
+    Position,
+    RunEnd,
+    RunStart,
+    StageEnd,
+    StageResult,
+    StageStart,
+    StepEnd,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run_start(**more):
+    given = {"seeds": [1], "stages": ["kd"], "environment": {"device": "cpu"}, "files": {}, **more}
+    return RunStart("toy", Path("runs/toy"), **given)
+
+
+def step_end(step=3, losses=None, seconds=75.0):
+    losses = losses or {"ce": 0.5, "total": 0.5}
+    return StepEnd(Position(1, 0, 0, step), "kd", 2, 10, losses, 0.1, 1234.5, seconds)
+
+
+def epoch_end(epoch=1, metrics=None, **more):
+    given = {"is_best": False, "losses": {"ce": 0.25, "total": 0.25}, **more}
+    return EpochEnd(
+        Position(1, 0, epoch, 10 * epoch),
+        "kd",
+        2,
+        metrics=metrics or {},
+        lr=0.05,
+        seconds=3.21,
+        samples_per_second=1000.4,
+        **given,
+    )
+
+
+def printed(*events, stream=None, **start):
+    """What the console prints for the events after the start of a run."""
+    stream = stream or io.StringIO()
+    observer = Console(stream)
+    observer.run_start(run_start(**start))
+    for name, event in events:
+        getattr(observer, name)(event)
+    return stream.getvalue()
+
+
+def test_a_run_begins_with_what_runs_where():
+    assert printed() == "toy: 1 stage, 1 seed, cpu -> runs/toy\n"
+    text = printed(
+        seeds=[1, 2], stages=["a", "b"], environment={"device": "cuda:0", "processes": 2}
+    )
+    assert text == "toy: 2 stages, 2 seeds, cuda:0, 2 processes -> runs/toy\n"
+
+
+def test_a_run_that_goes_on_says_where():
+    resumed = {1: Position(1, 1), 2: Position(2, 0, 4)}
+    text = printed(seeds=[1, 2], resumed=resumed)
+    assert text.splitlines()[1:] == [
+        "seed 1 is complete",
+        "seed 2 goes on in stage kd after epoch 4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "said"),
+    [(1, 1, "1 epoch of 1 step"), (15, 1200, "15 epochs of 1,200 steps")],
+)
+def test_a_stage_names_student_teachers_and_notes(epochs, steps, said):
+    teachers = {"teacher": {"accuracy": 0.9123}, "other": {}}
+    start = StageStart(
+        Position(1, 0), "kd", epochs, steps, "thin", 1234567, 1000, teachers, ["a note"]
+    )
+    text = printed(("stage_start", start))
+    assert text.splitlines()[1:] == [
+        "",
+        f"stage kd: thin (1,234,567 parameters, 1,000 trained), {said}",
+        "  teacher: accuracy 0.9123",
+        "  other: not measured: the stage has no validation data",
+        "  note: a note",
+    ]
+    assert "seed 1, stage kd:" in printed(("stage_start", start), seeds=[1, 2])
+
+
+def test_an_epoch_is_one_line():
+    first, second = printed(
+        ("epoch_end", epoch_end(metrics={"accuracy": 0.5}, is_best=True)),
+        ("epoch_end", epoch_end(2, {"accuracy": 0.75}, is_best=True)),
+    ).splitlines()[1:]
+    assert first == "  epoch 1/2  ce 0.25  accuracy 0.5000  lr 0.05  1,000 samples/s  3.2 s"
+    assert second.endswith("accuracy 0.7500  lr 0.05  1,000 samples/s  3.2 s  best")
+    assert "accuracy" not in printed(("epoch_end", epoch_end()))
+
+
+def test_the_total_is_shown_where_there_are_several_terms():
+    losses = {"ce": 1.0, "kd": 2.0, "total": 3.0}
+    assert "ce 1 kd 2 total 3" in printed(("epoch_end", epoch_end(losses=losses)))
+
+
+def test_without_a_terminal_steps_are_lines_now_and_then(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    observer = Console(stream)
+    for seconds in (10, 29, 31, 40, 62):
+        now[0] = seconds
+        observer.step_end(step_end(step=seconds % 10))
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "  epoch 1/2 step 1/10  ce 0.5  1,234 samples/s  1:15 left",
+        "  epoch 1/2 step 2/10  ce 0.5  1,234 samples/s  1:15 left",
+    ]
+    assert "\r" not in stream.getvalue()
+
+
+def test_on_a_terminal_a_line_moves_and_gives_way_to_the_next_one(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    long, short = step_end(losses={"a_long_name": 1.0, "total": 1.0}), step_end(step=4)
+    text = printed(("step_end", long), ("step_end", short), stream=Terminal())
+    _, first, second = text.split("\n")[1].split("\r")
+    assert len(second) >= len(first), "what is left of a longer line must be covered"
+    text = printed(("step_end", long), ("epoch_end", epoch_end()), stream=Terminal())
+    blank = "\r" + " " * len(first) + "\r"
+    assert f"{blank}  epoch 1/2  ce 0.25" in text
+
+
+def test_a_moving_line_is_cut_to_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = printed(("step_end", step_end()), stream=Terminal())
+    assert len(text.split("\r")[1]) == 39
+
+
+def test_closing_leaves_the_cursor_at_the_start_of_a_line():
+    stream = Terminal()
+    observer = Console(stream)
+    observer.step_end(step_end())
+    observer.close()
+    assert stream.getvalue().endswith("\r\n")
+    plain = io.StringIO()
+    Console(plain).close()
+    assert plain.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0:00"), (59.9, "0:59"), (61, "1:01"), (3600, "1:00:00"), (36061, "10:01:01")],
+)
+def test_time_left_is_in_hours_minutes_and_seconds(monkeypatch, seconds, said):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = printed(("step_end", step_end(seconds=seconds)), stream=Terminal())
+    assert f"  {said} left" in text
+
+
+def test_a_stage_and_a_run_end_with_their_results():
+    result = StageResult(1, "kd", "thin", 10, 2, 3.0, test={"accuracy": 0.5})
+    files = [Path("runs/toy/kd/last.safetensors")]
+    text = printed(
+        ("stage_end", StageEnd(Position(1, 1), result, files)),
+        ("run_end", RunEnd([result], "| table |", "on val, one seed")),
+    )
+    assert text.splitlines()[1:] == [
+        "  test: accuracy 0.5000",
+        "  student: runs/toy/kd/last.safetensors",
+        "",
+        "| table |",
+        "(on val, one seed)",
+    ]

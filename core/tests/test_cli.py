@@ -1,0 +1,192 @@
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from distill.cli import main
+
+pytestmark = pytest.mark.usefixtures("only_core")
+
+WITHOUT_TORCH = ["cli", "config.load", "reference", "hookspecs", "plugins", "registry", "errors"]
+
+
+@pytest.fixture
+def distill(toys):
+    """Run a command with the toy parts."""
+
+    def invoke(command, *arguments):
+        given = [command, "-p", str(toys), *map(str, arguments)]
+        return CliRunner().invoke(main, given)
+
+    return invoke
+
+
+@pytest.fixture
+def exp(tmp_path, experiment_text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exp.yaml").write_text(experiment_text)
+    return tmp_path / "exp.yaml"
+
+
+def is_clean(result):
+    return "Traceback" not in result.output and isinstance(result.exception, SystemExit | None)
+
+
+def without_torch(code):
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_what_describes_imports_no_torch(module):
+    assert without_torch(f"import distill.{module}")
+
+
+def test_help_and_check_of_the_frame_import_no_torch(exp):
+    code = "from distill.cli import main\ntry: main({})\nexcept SystemExit: pass"
+    assert without_torch(code.format("['--help']"))
+    assert without_torch(code.format("['run', '--help']"))
+    assert without_torch(f"from distill import load\nload({str(exp)!r})")
+
+
+def test_check_of_a_good_file_says_so(distill, exp):
+    result = distill("check", exp)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"{exp}: no faults (2 stages, 2 models)\n"
+
+
+@pytest.mark.parametrize("command", ["check", "run", "eval", "inspect"])
+@pytest.mark.parametrize("typo", [("log_every", "log_evry"), ("model: thin", "model: thn")])
+def test_a_typo_ends_every_command_with_2_and_no_traceback(
+    distill, exp, experiment_text, command, typo
+):
+    exp.write_text(experiment_text.replace(*typo, 1))
+    result = distill(command, exp)
+    assert result.exit_code == 2
+    assert is_clean(result)
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"{exp}:")
+    assert result.stderr.count("\n") == 1
+    assert not (exp.parent / "runs").exists()
+
+
+def test_faults_of_frame_and_components_come_together(distill, exp, experiment_text):
+    exp.write_text(experiment_text.replace("log_every", "log_evry").replace("lr: 0.1", "lrr: 0.1"))
+    result = distill("check", exp)
+    assert result.stderr.splitlines() == [
+        f"{exp}:4:1: log_evry: unknown key 'log_evry'; did you mean log_every?",
+        f"{exp}:18:37: stages.teach.optimizer.params.lrr: optimizer SGD: there is no parameter "
+        "'lrr'; did you mean lr?",
+    ]
+
+
+def test_an_override_is_applied_and_its_fault_named(distill, exp):
+    assert distill("check", exp, "-s", "stages.distil.optimizer.params.lr=0.5").exit_code == 0
+    result = distill("check", exp, "-s", "stages.teach.epochs=0", "-s", "epochz")
+    assert result.exit_code == 2
+    assert "-s epochz: '=' is missing; write e.g. stages.kd.epochs=3" in result.stderr
+    result = distill("check", exp, "-s", "stages.teach.epochs=0")
+    said = "-s stages.teach.epochs=0: stages.teach.epochs: must be at least 1, got the number 0\n"
+    assert result.stderr == said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["check", "gone.yaml"], 2, "gone.yaml: there is no such file"),
+        (["check", "."], 2, "is a folder, not an experiment file"),
+        (["run", "gone.yaml"], 2, "gone.yaml: there is no such file"),
+        (["run", "exp.yaml", "--runs", "exp.yaml"], 6, "cannot be used: Not a directory"),
+        (["eval", "exp.yaml", "--stage", "distill"], 2, "no stage 'distill' in exp.yaml; did you"),
+        (["eval", "exp.yaml", "--dataset", "vall"], 2, "no data set 'vall' in exp.yaml; did you"),
+        (["eval", "exp.yaml", "--model", "wid"], 2, "no model 'wid' in exp.yaml; did you mean"),
+        (["eval", "exp.yaml", "--seed", "9"], 2, "exp.yaml has no seed 9 (seeds: 3)"),
+        (["eval", "."], 2, "resolved.yaml: there is no such file"),
+        (["inspect", "exp.yaml", "--model", "wid"], 2, "no model 'wid' in exp.yaml; did you mean"),
+        (["inspect", "ToyMLP"], 2, "give the shape of one input, e.g. --input 3,224,224"),
+        (["inspect", "ToyMLP", "--input", "4x4"], 2, "--input 4x4: write numbers with commas"),
+        (["inspect", "ToyMPL", "--input", "4"], 3, "there is no model 'ToyMPL'; did you mean"),
+        (["inspect", "ToyMLP", "--input", "4", "--param", "hiden=3"], 2, "did you mean hidden?"),
+        (["inspect", "ToyMLP", "--input", "5"], 2, "ToyMLP cannot take inputs (2, 5): "),
+        (["inspect", "exp.yaml", "--input", "3,3,3"], 2, "cannot take inputs (2, 3, 3, 3)"),
+        (["check", "exp.yaml", "-p", "gone.py"], 3, "-p gone.py: there is no such file"),
+    ],
+)
+def test_what_is_not_there_is_an_error_in_words(distill, exp, arguments, code, said):
+    result = distill(*arguments)
+    assert is_clean(result), result.exception
+    assert said in result.stderr
+    assert result.exit_code == code
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["chekc"], ["run"], ["check", "--dat", "exp.yaml"], ["run", "x", "--processes", "0"]],
+)
+def test_wrong_usage_ends_with_2(arguments):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert is_clean(result)
+
+
+def test_check_with_data_opens_data_and_runs_two_samples(distill, exp, experiment_text):
+    assert distill("check", exp, "--data").exit_code == 0
+    exp.write_text(experiment_text.replace("size: 24", "size: 24, classes: 5"))
+    assert distill("check", exp).exit_code == 0
+    result = distill("check", exp, "--data")
+    assert result.exit_code == 5
+    assert "model 'wide' has 3 outputs, but data set 'train' has 5 classes" in result.stderr
+    exp.write_text(experiment_text.replace("size: 24", "size: 0"))
+    result = distill("check", exp, "--data")
+    assert (result.exit_code, is_clean(result)) == (5, True)
+    assert f"{exp}:6:3: datasets.train: the data set is empty" in result.stderr
+
+
+def test_run_eval_and_inspect_of_a_small_experiment(distill, exp):
+    result = distill(
+        "run", exp, "-s", "stages.teach.epochs=1", "-s", "observers=[Console, ResultFiles]"
+    )
+    assert result.exit_code == 0, result.output
+    assert "| teach  | wide" in result.stdout
+    assert (exp.parent / "runs/toy/report.md").exists()
+    measured = distill("eval", "runs/toy")
+    assert measured.exit_code == 0, measured.output
+    assert measured.stdout.startswith(
+        "model thin, last of stage distil, seed 3, on data set val:\n"
+    )
+    table = measured.stdout.split("accuracy ")[1].strip()
+    assert f"test: accuracy {table}" in result.stdout
+    changed = distill("run", exp)
+    assert changed.exit_code == 2
+    assert "stages.teach.epochs: 1 -> 2" in changed.stderr
+    shown = distill("inspect", exp, "--model", "wide")
+    assert "wide: (2, 4) -> (2, 3)" in shown.stdout
+
+
+def test_processes_are_not_handed_on():
+    from distill.cli import _without_processes
+
+    given = ["run", "exp.yaml", "--processes", "2", "-s", "a=1", "--processes=3"]
+    assert _without_processes(given) == ["run", "exp.yaml", "-s", "a=1"]
+
+
+def test_an_interruption_says_how_to_go_on(distill, exp, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill.runner.run", interrupt)
+    result = distill("run", exp)
+    assert result.exit_code == 75
+    assert "the same command goes on from the last checkpoint" in result.stderr
+
+
+def test_other_ranks_say_nothing(distill, exp, experiment_text, monkeypatch):
+    exp.write_text(experiment_text.replace("lr: 0.1", "lrr: 0.1"))
+    monkeypatch.setenv("RANK", "1")
+    result = distill("check", exp)
+    assert (result.exit_code, result.output) == (2, "")

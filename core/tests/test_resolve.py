@@ -1,0 +1,307 @@
+"""What a stage takes from the one before it, and which names must exist."""
+
+import pytest
+import yaml
+from distill import load
+from distill.config.load import draft
+from distill.config.yaml_document import parse
+from distill.run_directory import resolved_text
+
+HEAD = """\
+name: chain
+datasets: {train: {type: D}, val: {type: D}, other: {type: D}}
+models: {big: {type: M}, mid: {type: M}, small: {type: M}}
+"""
+FIRST = """\
+stages:
+  - name: one
+    epochs: 3
+    data: {train: train, validate: val, batch_size: 8, workers: 2}
+    teacher: {model: big, mode: train}
+    student: {model: small}
+    auxiliary:
+      regressor: {type: Linear, inputs: {input: student.body}}
+    freeze: [student.head]
+    criterion: {hint: {type: MSELoss, weight: 2, inputs: {input: regressor, target: teacher}}}
+    optimizer: {type: SGD, params: {lr: 0.1}}
+    scheduler: {type: StepLR, params: {step_size: 1}}
+    precision: bf16
+    metrics: [other_metric]
+    keep: best
+    sync_batchnorm: false
+"""
+
+
+def stages_of(*more):
+    """The stages of a file whose second and later stages have these lines."""
+    experiment, faults = draft(parse(text_of(*more), "f.yaml"))
+    assert [str(fault) for fault in faults] == []
+    return experiment.stages
+
+
+def text_of(*more):
+    names = ("two", "three", "four")
+    stages = (
+        f"  - name: {name}\n" + "".join(f"    {line}\n" for line in lines.splitlines())
+        for name, lines in zip(names, more, strict=False)
+    )
+    return HEAD + FIRST + "".join(stages)
+
+
+def faults_of(text):
+    return [str(fault) for fault in draft(parse(text, "f.yaml"))[1]]
+
+
+INHERITED = [
+    "epochs",
+    "data",
+    "teachers",
+    "student",
+    "auxiliary",
+    "freeze",
+    "criterion",
+    "optimizer",
+    "scheduler",
+    "precision",
+    "metrics",
+    "keep",
+    "sync_batchnorm",
+]
+
+
+@pytest.mark.parametrize("key", INHERITED)
+def test_a_stage_takes_what_it_leaves_out_from_the_stage_before_the_last_writer_included(key):
+    one, two, three = stages_of("", "")
+    assert getattr(one, key) == getattr(two, key) == getattr(three, key)
+
+
+def test_what_no_stage_says_has_its_default():
+    text = HEAD + FIRST.split("    auxiliary")[0].replace(
+        "    teacher: {model: big, mode: train}\n", ""
+    )
+    text += "    criterion: {ce: {type: CrossEntropyLoss}}\n    optimizer: {type: SGD}\n"
+    experiment, faults = draft(
+        parse(text.replace(", validate: val", "").replace(", workers: 2", ""))
+    )
+    (stage,) = experiment.stages
+    assert faults == []
+    assert (stage.teachers, stage.auxiliary, stage.freeze, stage.scheduler) == ({}, {}, (), None)
+    assert (stage.precision, stage.keep, stage.sync_batchnorm) == ("fp32", "last", True)
+    assert [metric.type for metric in stage.metrics] == ["accuracy"]
+    assert (stage.data.validate, stage.data.workers, stage.data.drop_last) == (None, 0, False)
+    assert (stage.criterion["ce"].weight, stage.criterion["ce"].inputs) == (1.0, {})
+    assert experiment.seeds == (0,)
+    assert (experiment.device, experiment.log_every, experiment.test) == ("auto", 50, None)
+    assert [o.type for o in experiment.observers] == ["Console", "TensorBoard", "ResultFiles"]
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "cleared"),
+    [
+        ("auxiliary: {}\ncriterion: {ce: {type: CE}}", "auxiliary", {}),
+        ("auxiliary: null\ncriterion: {ce: {type: CE}}", "auxiliary", {}),
+        ("teacher: null\ncriterion: {ce: {type: CE}}", "teachers", {}),
+        ("teachers: null\ncriterion: {ce: {type: CE}}", "teachers", {}),
+        ("teachers: {}\ncriterion: {ce: {type: CE}}", "teachers", {}),
+        ("scheduler: null", "scheduler", None),
+        ("freeze: null", "freeze", ()),
+        ("freeze: []", "freeze", ()),
+    ],
+)
+def test_null_and_empty_clear_what_would_be_inherited_for_later_stages_too(line, key, cleared):
+    one, two, three = stages_of(line, "")
+    assert getattr(one, key) not in (cleared, None)
+    assert getattr(two, key) == cleared
+    assert getattr(three, key) == cleared
+
+
+def test_data_is_inherited_key_by_key():
+    _, two, three = stages_of("data: {batch_size: 4}", "data: {train: other, workers: 0}")
+    assert (two.data.train, two.data.validate, two.data.batch_size, two.data.workers) == (
+        "train",
+        "val",
+        4,
+        2,
+    )
+    assert (three.data.train, three.data.validate, three.data.batch_size) == ("other", "val", 4)
+    assert three.data.workers == 0
+
+
+def test_other_mappings_are_replaced_whole():
+    _, two = stages_of("optimizer: {type: Adam}\ncriterion: {ce: {type: CE}}")
+    assert (two.optimizer.type, two.optimizer.params) == ("Adam", {})
+    assert list(two.criterion) == ["ce"]
+
+
+def test_one_teacher_and_several_are_one_slot():
+    several = "teachers: {teacher: {model: mid}, other: {model: big}}"
+    one, two, three = stages_of(several, "teacher: {model: mid, min_accuracy: 0.5}")
+    assert {r: t.model for r, t in one.teachers.items()} == {"teacher": "big"}
+    assert {r: t.model for r, t in two.teachers.items()} == {"teacher": "mid", "other": "big"}
+    assert {r: t.min_accuracy for r, t in three.teachers.items()} == {"teacher": 0.5}
+    assert three.teachers["teacher"].mode == "eval"
+
+
+def test_a_teacher_s_fault_is_where_it_was_written_last():
+    several = "teachers: {teacher: {model: huge}}"
+    (fault,) = faults_of(text_of(several))
+    assert "stages.two.teachers.teacher.model: there is no model 'huge'" in fault
+
+
+def test_origins_and_places_tell_which_stage_wrote_a_key():
+    _, two, three = stages_of("criterion: {ce: {type: CE}}\ndata: {batch_size: 4}", "epochs: 1")
+    assert (three.origins["criterion"], three.origins["auxiliary"]) == ("two", "one")
+    assert three.places["criterion"] == ("stages", 1, "criterion")
+    assert three.places["optimizer"] == ("stages", 0, "optimizer")
+    assert three.places["epochs"] == ("stages", 2, "epochs")
+    assert two.places["data.batch_size"] == ("stages", 1, "data", "batch_size")
+    assert two.places["data.train"] == ("stages", 0, "data", "train")
+    assert three.criterion["ce"].component.path == ("stages", 1, "criterion", "ce")
+
+
+def test_auxiliary_modules_come_in_an_order_in_which_their_inputs_exist():
+    modules = """\
+auxiliary:
+  last: {type: L, inputs: {input: middle.part}}
+  middle: {type: L, inputs: {input: first, other: student}}
+  first: {type: L, inputs: {input: teacher.body}}
+criterion: {ce: {type: CE}}
+"""
+    _, two = stages_of(modules)
+    assert list(two.auxiliary) == ["first", "middle", "last"]
+
+
+def test_modules_in_a_circle_are_a_fault_that_names_the_circle():
+    modules = """\
+auxiliary:
+  a: {type: L, inputs: {input: b}}
+  b: {type: L, inputs: {input: a}}
+criterion: {ce: {type: CE}}
+"""
+    (fault,) = faults_of(text_of(modules))
+    assert "stages.two.auxiliary: these modules feed each other in a circle: " in fault
+    assert fault.endswith(("a -> b -> a", "b -> a -> b"))
+
+
+def test_a_module_that_feeds_itself_is_a_circle():
+    (fault,) = faults_of(
+        text_of("auxiliary: {a: {type: L, inputs: {input: a}}}\ncriterion: {ce: {type: CE}}")
+    )
+    assert fault.endswith("in a circle: a -> a")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("teacher: {model: small}", "'small' is this stage's student too; define a second model"),
+        ("student: {model: big}", "'big' is this stage's student too; define a second model"),
+        (
+            "teachers: {student: {model: big}}\ncriterion: {ce: {type: CE}}",
+            "a teacher cannot be called 'student'",
+        ),
+        (
+            "teachers: {extras: {model: big}}\ncriterion: {ce: {type: CE}}",
+            "a teacher cannot be called 'extras'",
+        ),
+        (
+            "auxiliary: {targets: {type: L}}\ncriterion: {ce: {type: CE}}",
+            "'targets' already names another value of this stage",
+        ),
+        (
+            "auxiliary: {teacher: {type: L}}\ncriterion: {ce: {type: CE}}",
+            "'teacher' already names another value of this stage",
+        ),
+        ("teacher: null\nteachers: {}", "give either 'teacher' or 'teachers', not both"),
+        ("data: {validate: null}", "'best' needs data.validate to measure by"),
+        (
+            "teacher: {model: big, min_accuracy: 0.5}\nkeep: last\ndata: {validate: null}",
+            "min_accuracy: needs data.validate to measure on",
+        ),
+        ("teacher: null", "stage 'two' has no 'teacher' (there are: student, inputs, targets,"),
+        ("auxiliary: {}", "stage 'two' has no 'regressor' (there are: student, inputs, targets,"),
+        ("name: one", "two stages are called 'one'"),
+        ("student: {model: smal}", "there is no model 'smal' in this file; did you mean small?"),
+        ("student: {model: x}", "there is no model 'x' in this file (defined: big, mid, small)"),
+        ("data: {train: trian}", "there is no data set 'trian' in this file; did you mean train?"),
+    ],
+)
+def test_what_does_not_go_together_is_one_fault(lines, said):
+    text = text_of(lines)
+    if lines == "name: one":
+        text = text_of("").replace("name: two", "name: one")
+    if lines == "teacher: null\nteachers: {}":
+        text = text_of(lines + "\ncriterion: {ce: {type: CE}}")
+    (fault,) = faults_of(text)
+    assert said in fault
+
+
+@pytest.mark.parametrize(
+    ("lines", "seeds"), [("", (0,)), ("seed: 7\n", (7,)), ("seeds: [3, 1]\n", (3, 1))]
+)
+def test_seed_and_seeds(lines, seeds):
+    experiment, faults = draft(parse(HEAD + lines + FIRST, "f.yaml"))
+    assert faults == []
+    assert experiment.seeds == seeds
+
+
+def test_seed_beside_seeds_is_a_fault():
+    (fault,) = faults_of("seed: 1\n" + HEAD + "seeds: [1]\n" + FIRST)
+    assert fault == "f.yaml:5:1: seeds: give either 'seed' or 'seeds', not both"
+
+
+def test_parts_written_as_names_alone_are_parts_without_parameters():
+    text = HEAD.replace("{type: D}", "{type: D, transforms: [Flip]}", 1) + FIRST
+    experiment, _ = draft(parse(text + "observers: [Console]\ntest: {dataset: val}\n", "f.yaml"))
+    (flip,) = experiment.datasets["train"].transforms
+    assert (flip.type, flip.params) == ("Flip", {})
+    assert experiment.observers[0].type == "Console"
+    assert [metric.type for metric in experiment.test.metrics] == ["accuracy"]
+
+
+def test_the_resolved_text_is_a_valid_file_that_resolves_to_the_same(tmp_path):
+    text = text_of("data: {batch_size: 4}\nteacher: null\ncriterion: {ce: {type: CE}}", "epochs: 1")
+    experiment, faults = draft(parse("x-note: [1]\nseed: 3\n" + text, "f.yaml"))
+    assert faults == []
+    file = tmp_path / "resolved.yaml"
+    file.write_text(resolved_text(experiment), "utf-8")
+    again = load(file)
+    assert again.resolved == experiment.resolved
+    assert resolved_text(again) == file.read_text("utf-8")
+    # What a stage inherited is now its own; all else is the same.
+    for before, after in zip(experiment.stages, again.stages, strict=True):
+        assert (after.data.train, after.data.batch_size) == (
+            before.data.train,
+            before.data.batch_size,
+        )
+        assert list(after.teachers) == list(before.teachers)
+        assert list(after.criterion) == list(before.criterion)
+        assert (after.epochs, after.keep, after.precision) == (
+            before.epochs,
+            before.keep,
+            before.precision,
+        )
+    assert again.seeds == (3,)
+
+
+VALUES = ["1e-3", "0o17", "0x1f", "5", "yes", "null", "~", ".5", "1_000", "é", "a: b", "2020-01-01"]
+VALUES += ["", " x ", "two\nlines", "#c", "!t", "*a", "1" * 200, ".inf", "<<", "12:30", "- a", "\t"]
+
+
+@pytest.mark.parametrize("value", [*VALUES, 1e-3, 1e300, 3, True, None, [1, [2]], float("inf")])
+def test_every_value_of_a_file_is_the_same_in_the_resolved_text(value):
+    line = f"{HEAD}{FIRST}"
+    document = parse(line, "f.yaml")
+    document.data["models"]["big"]["params"] = {"value": value, "key": {str(value) or "k": 1}}
+    experiment, faults = draft(document)
+    assert faults == []
+    again = parse(resolved_text(experiment), "again.yaml")
+    params = again.data["models"]["big"]["params"]
+    assert params == {"value": value, "key": {str(value) or "k": 1}}
+    assert type(params["value"]) is type(value)
+
+
+def test_the_resolved_text_repeats_shared_parts_instead_of_aliases():
+    experiment, _ = draft(parse(text_of("", ""), "f.yaml"))
+    text = resolved_text(experiment)
+    assert "&id" not in text
+    assert len(yaml.safe_load(text)["stages"]) == 3

@@ -1,0 +1,162 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from distill import ConfigError, StorageError, load
+from distill.run_directory import GIVEN, RESOLVED, open_run, seed_directory
+
+
+@pytest.fixture
+def experiment(tmp_path, experiment_text):
+    """Load an experiment with overrides."""
+    file = tmp_path / "exp.yaml"
+    file.write_text(experiment_text)
+    return lambda *overrides: load(file, overrides)
+
+
+def test_a_run_holds_the_file_as_given_and_as_resolved(tmp_path, experiment, experiment_text):
+    with open_run(tmp_path / "runs", experiment("stages.teach.epochs=9")) as directory:
+        assert directory == tmp_path / "runs" / "toy"
+        assert (directory / GIVEN).read_text() == experiment_text
+    resolved = load(directory / RESOLVED)
+    assert [stage.epochs for stage in resolved.stages] == [9, 9]
+
+
+def test_the_same_file_may_go_on(tmp_path, experiment):
+    for _ in range(2):
+        with open_run(tmp_path, experiment()):
+            pass
+
+
+def test_what_is_said_otherwise_but_means_the_same_may_go_on(tmp_path, experiment, experiment_text):
+    with open_run(tmp_path, experiment()):
+        pass
+    (tmp_path / "exp.yaml").write_text("# a comment\n" + experiment_text)
+    with open_run(tmp_path, experiment("stages.distil.epochs=2")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("log_every=6", "log_every: 5 -> 6"),
+        ("seed=4", "seeds[0]: 3 -> 4"),
+        (
+            "stages.teach.optimizer.params.lr=0.2",
+            "stages.teach.optimizer.params.lr: 0.1 -> 0.2",
+        ),
+        (
+            "stages.distil.criterion.kd.weight=1",
+            "stages.distil.criterion.kd.weight: 0.5 -> 1",
+        ),
+        (
+            "stages.teach.optimizer.params.momentum=0.9",
+            "stages.teach.optimizer.params.momentum: None -> 0.9",
+        ),
+        ("models.thin.params.hidden=5", "models.thin.params.hidden: 4 -> 5"),
+        ("datasets.train.transforms=[]", "datasets.train.transforms: list [{'type': 'Scale',"),
+        ("stages.distil.name=kd", "stages.kd.name: distil -> kd"),
+    ],
+)
+def test_another_version_of_the_file_is_refused_naming_the_keys(
+    tmp_path, experiment, override, named
+):
+    with open_run(tmp_path, experiment()) as directory:
+        before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    with pytest.raises(ConfigError) as caught, open_run(tmp_path, experiment(override)):
+        pass
+    assert f"\n  {named}" in str(caught.value)
+    assert "give this one another name, or move that run away" in str(caught.value)
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_the_fault_of_a_changed_file_stands_at_its_name(tmp_path, experiment):
+    with open_run(tmp_path, experiment()):
+        pass
+    with pytest.raises(ConfigError) as caught, open_run(tmp_path, experiment("log_every=6")):
+        pass
+    (fault,) = caught.value.faults
+    assert (fault.path, fault.location.line) == ("name", 1)
+
+
+def test_every_key_that_differs_is_named(tmp_path, experiment):
+    with open_run(tmp_path, experiment()):
+        pass
+    changed = experiment("log_every=6", "stages.teach.epochs=7")
+    with pytest.raises(ConfigError) as caught, open_run(tmp_path, changed):
+        pass
+    listed = str(caught.value).splitlines()[1:]
+    assert listed == [
+        "  log_every: 5 -> 6",
+        "  stages.teach.epochs: 2 -> 7",
+        "  stages.distil.epochs: 2 -> 7",
+    ]
+
+
+def test_a_second_process_is_refused_and_let_in_when_the_first_is_gone(tmp_path, experiment):
+    script = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from distill import load
+        from distill.run_directory import open_run
+        with open_run(Path(sys.argv[1]), load(sys.argv[2])):
+            print("open", flush=True)
+            sys.stdin.read()
+        """
+    )
+    experiment()
+    first = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), str(tmp_path / "exp.yaml")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert first.stdout.readline() == "open\n"
+        with pytest.raises(StorageError, match="another process is running in"):
+            open_run(tmp_path, experiment()).__enter__()
+    finally:
+        first.kill()
+        first.wait()
+    with open_run(tmp_path, experiment()):
+        pass
+
+
+def test_the_folder_is_free_after_an_error(tmp_path, experiment):
+    with pytest.raises(RuntimeError), open_run(tmp_path, experiment()):
+        raise RuntimeError
+    with open_run(tmp_path, experiment()):
+        pass
+
+
+def test_a_failed_write_leaves_nothing_half_written(tmp_path, experiment, monkeypatch):
+    def fail(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match="No space left"), open_run(tmp_path, experiment()):
+        pass
+    assert {file.name for file in (tmp_path / "toy").iterdir()} <= {".lock"}
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path, experiment):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/toy cannot be used: Not a directory"):
+        open_run(tmp_path / "file", experiment()).__enter__()
+
+
+def test_a_damaged_resolved_file_is_an_error_in_words(tmp_path, experiment):
+    with open_run(tmp_path, experiment()) as directory:
+        pass
+    (directory / RESOLVED).write_text("name: [")
+    with pytest.raises(StorageError, match=r"resolved\.yaml is damaged"):
+        open_run(tmp_path, experiment()).__enter__()
+
+
+def test_several_seeds_have_folders_of_their_own(tmp_path, experiment, experiment_text):
+    assert seed_directory(tmp_path, experiment(), 3) == tmp_path
+    (tmp_path / "exp.yaml").write_text(experiment_text.replace("seed: 3", "seeds: [3, 4]"))
+    assert seed_directory(tmp_path, experiment(), 4) == tmp_path / "seed-4"

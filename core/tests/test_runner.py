@@ -1,0 +1,428 @@
+"""Whole runs; the test of several processes lets them run this file."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from distill import ConfigError, DataError, DistillError, Observer, StorageError, check, load, run
+from distill.runner import evaluate, open_sources
+from distill.testing import ToyMLP, run_processes, toy_experiment, toy_registry
+from distill.training.build import Builder
+from torch import nn
+
+IMAGES = {
+    "train": {
+        "type": "ToyData",
+        "params": {"size": 20, "shape": [1, 4, 4]},
+        "transforms": [{"type": "Noise"}],
+    },
+    "val": {"type": "ToyData", "params": {"size": 12, "shape": [1, 4, 4], "seed": 1}},
+}
+NETS = {
+    "wide": {"type": "ToyConvNet", "params": {"width": 6}},
+    "thin": {"type": "ToyConvNet"},
+}
+TEACH = {
+    "name": "teach",
+    "student": {"model": "wide"},
+    "scheduler": {"type": "StepLR", "params": {"step_size": 1}},
+}
+HINT = {
+    "name": "hint",
+    "epochs": 3,
+    "teacher": {"model": "wide", "mode": "train"},
+    "student": {"model": "thin"},
+    "auxiliary": {
+        "regressor": {
+            "type": "Conv2d",
+            "params": {"in_channels": 4, "out_channels": 6, "kernel_size": 1},
+            "inputs": {"input": "student.relu"},
+        }
+    },
+    "criterion": {
+        "ce": {"type": "CrossEntropyLoss"},
+        "hint": {"type": "MSELoss", "inputs": {"input": "regressor", "target": "teacher.relu"}},
+        "scaled": {"type": "Scaled", "weight": 0.5},
+    },
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
+    "scheduler": {"type": "ReduceLROnPlateau", "params": {"mode": "max", "patience": 0}},
+    "precision": "fp16",
+    "keep": "best",
+}
+KD = {
+    "name": "kd",
+    "epochs": 2,
+    "teacher": {"model": "wide"},
+    "optimizer": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}},
+    "scheduler": {"type": "CosineAnnealingLR", "params": {"T_max": 2}},
+    "precision": "fp32",
+    "freeze": ["student.conv"],
+}
+
+
+class Noise:
+    """A transform that draws."""
+
+    def __call__(self, value):
+        return value + 0.1 * torch.randn(value.shape)
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter that draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(()))
+
+    def forward(self, student):
+        return (self.scale * student - torch.rand(()) - numpy.random.rand()).square().mean()
+
+
+class Killed(Exception):
+    """Stands in for a kill."""
+
+
+class Bomb(Observer):
+    """Ends the run at one event, named as ``name`` or ``(name, seed, stage, epoch)``."""
+
+    def __init__(self, *at):
+        self.at, self.heard = at, []
+
+    def __getattribute__(self, name):
+        if name in ("run_start", "stage_start", "step_end", "epoch_end", "stage_end", "run_end"):
+            return lambda event: self.hear(name, event)
+        return super().__getattribute__(name)
+
+    def hear(self, name, event):
+        place = getattr(event, "position", None)
+        here = (name,) if place is None else (name, place.seed, place.stage, place.epoch)
+        self.heard.append(here)
+        if here == self.at:
+            raise Killed
+
+
+class NumpyAccuracy:
+    """A metric whose value is no plain number."""
+
+    def reset(self):
+        self.hits = []
+
+    def update(self, output, batch):
+        self.hits += (output.argmax(1) == batch.targets).tolist()
+
+    def compute(self):
+        return numpy.mean(self.hits)
+
+
+def registry(observer=None):
+    return toy_registry(
+        transforms={"Noise": Noise},
+        losses={"Scaled": Scaled},
+        metrics={"NumpyAccuracy": NumpyAccuracy},
+        observers={"Bomb": lambda: observer or Bomb()},
+    )
+
+
+def stages_of(folder, *stages, **keys):
+    settings = {"datasets": IMAGES, "models": NETS, "log_every": 1, "seeds": [3], **keys}
+    return toy_experiment(folder, *stages, **settings)
+
+
+def distillation(folder, **keys):
+    observers = ["ResultFiles", "Bomb"]
+    test = {"dataset": "val", "metrics": ["accuracy"]}
+    return stages_of(folder, TEACH, HINT, KD, observers=observers, test=test, **keys)
+
+
+def run_until_done(folder, *kills, **keys):
+    """Run, be killed at each of ``kills`` in turn, and finish; return what is left behind."""
+    experiment = distillation(folder, **keys)
+    for kill in kills:
+        with pytest.raises(Killed):
+            run(experiment, registry=registry(Bomb(*kill)), runs=folder / "runs")
+    result = run(experiment, registry=registry(), runs=folder / "runs")
+    files = {
+        str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")
+    }
+    return (
+        files,
+        [timeless(vars(stage)) for stage in result.stages],
+        events_of(folder / "runs" / "toy"),
+    )
+
+
+def events_of(directory):
+    """What the metrics file says but for the beginnings of stages."""
+    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
+    events = [timeless(json.loads(line)) for line in lines]
+    return [event for event in events if event["event"] != "stage_start"]
+
+
+def timeless(value):
+    """The same without what a clock says."""
+    if isinstance(value, dict):
+        clocks = ("seconds", "samples_per_second")
+        return {key: timeless(item) for key, item in value.items() if key not in clocks}
+    return value
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_until_done(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def test_stages_run_one_after_another_and_leave_their_students(tmp_path):
+    result = run(distillation(tmp_path), registry=registry(), runs=tmp_path / "runs")
+    assert [(r.stage, r.student) for r in result.stages] == [
+        ("teach", "wide"),
+        ("hint", "thin"),
+        ("kd", "thin"),
+    ]
+    assert result.stages[1].teachers["teacher"] == result.stages[0].validation
+    assert result.directory == tmp_path / "runs" / "toy"
+    left = sorted(str(f.relative_to(result.directory)) for f in result.directory.glob("*/*"))
+    expected = [f"{s}/{w}.safetensors" for s in ("hint", "kd", "teach") for w in ("best", "last")]
+    assert left == expected
+    for stage in ("teach", "hint", "kd"):
+        assert stage in result.table
+
+
+def test_a_student_is_given_back_in_its_plain_class(tmp_path):
+    result = run(distillation(tmp_path), registry=registry(), runs=tmp_path / "runs")
+    student = result.student("kd")
+    saved = safetensors.torch.load_file(result.directory / "kd" / "last.safetensors")
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, saved[name])
+    assert not student.relu._forward_hooks
+    assert student.relu.inplace
+    name, measured = evaluate(result.experiment, result.registry, student)
+    assert (name, measured) == ("val", dict(result.stages[-1].test))
+
+
+def test_the_same_file_gives_the_same_bits_twice(tmp_path, uninterrupted):
+    torch.rand(5), numpy.random.rand(5)
+    assert run_until_done(tmp_path) == uninterrupted
+
+
+def test_number_of_workers_does_not_change_a_bit(tmp_path):
+    found = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        data = {"train": "train", "validate": "val", "batch_size": 8, "workers": workers}
+        experiment = stages_of(folder, {**TEACH, "data": data})
+        result = run(experiment, registry=registry(), runs=folder / "runs")
+        found.append((result.directory / "teach" / "last.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_another_seed_gives_another_student(tmp_path, uninterrupted):
+    files, *_ = run_until_done(tmp_path, seeds=[4])
+    name = "runs/toy/kd/last.safetensors"
+    assert files[name] != uninterrupted[0][name]
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [("step_end", 3, 0, 0)],
+        [("epoch_end", 3, 0, 1)],
+        [("epoch_end", 3, 0, 2)],
+        [("stage_end", 3, 1, 0)],
+        [("stage_start", 3, 1, 0)],
+        [("epoch_end", 3, 1, 1)],
+        [("epoch_end", 3, 1, 2)],
+        [("step_end", 3, 1, 2)],
+        [("stage_end", 3, 2, 0)],
+        [("step_end", 3, 2, 0)],
+        [("epoch_end", 3, 2, 2)],
+        [("stage_end", 3, 3, 0)],
+        [("run_end",)],
+        [("epoch_end", 3, 0, 1), ("step_end", 3, 1, 1), ("step_end", 3, 1, 2), ("run_end",)],
+    ],
+    ids=lambda kills: " then ".join(f"{name} {' '.join(map(str, at))}" for name, *at in kills),
+)
+def test_a_killed_run_goes_on_to_the_bits_of_an_uninterrupted_one(tmp_path, uninterrupted, kills):
+    files, results, events = run_until_done(tmp_path, *kills)
+    assert files == uninterrupted[0]
+    assert results == uninterrupted[1]
+    assert events == uninterrupted[2]
+
+
+def test_several_seeds_are_each_a_run_of_their_own_and_go_on_from_a_kill(tmp_path, uninterrupted):
+    whole = run_until_done(tmp_path / "whole", seeds=[3, 5])
+    killed = run_until_done(
+        tmp_path / "killed", ("step_end", 3, 1, 1), ("epoch_end", 5, 1, 1), seeds=[3, 5]
+    )
+    assert killed == whole
+    files, results, _ = whole
+    assert (
+        files["runs/toy/seed-3/kd/last.safetensors"]
+        == (uninterrupted[0]["runs/toy/kd/last.safetensors"])
+    )
+    assert (
+        files["runs/toy/seed-5/kd/last.safetensors"]
+        != (files["runs/toy/seed-3/kd/last.safetensors"])
+    )
+    assert [result["seed"] for result in results] == [3, 3, 3, 5, 5, 5]
+
+
+def test_a_completed_run_trains_nothing_again(tmp_path):
+    experiment = distillation(tmp_path)
+    first = run(experiment, registry=registry(), runs=tmp_path / "runs")
+    before = {f: f.stat().st_mtime_ns for f in first.directory.rglob("*.safetensors")}
+    bomb = Bomb()
+    again = run(experiment, registry=registry(bomb), runs=tmp_path / "runs")
+    assert [name for name, *_ in bomb.heard] == ["run_start", "run_end"]
+    assert again.stages == first.stages
+    assert {f: f.stat().st_mtime_ns for f in first.directory.rglob("*.safetensors")} == before
+
+
+def test_a_changed_file_under_the_same_name_is_refused_and_nothing_is_lost(tmp_path):
+    run(distillation(tmp_path), registry=registry(), runs=tmp_path / "runs")
+    left = {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file()}
+    with pytest.raises(ConfigError, match=r"seeds\[0\]: 3 -> 4"):
+        run(distillation(tmp_path, seeds=[4]), registry=registry(), runs=tmp_path / "runs")
+    assert {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file()} == left
+
+
+def test_a_damaged_checkpoint_is_told_and_nothing_else_is_touched(tmp_path):
+    experiment = distillation(tmp_path)
+    result = run(experiment, registry=registry(), runs=tmp_path / "runs")
+    checkpoint = result.directory / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(StorageError, match=r"checkpoint\.pt is damaged"):
+        run(experiment, registry=registry(), runs=tmp_path / "runs")
+    assert (result.directory / "kd" / "last.safetensors").exists()
+
+
+def test_a_metric_may_give_a_number_of_numpy(tmp_path):
+    stage = {**TEACH, "metrics": ["NumpyAccuracy"]}
+    experiment = stages_of(tmp_path, stage, {"name": "more"}, observers=["Bomb"])
+    with pytest.raises(Killed):
+        run(experiment, registry=registry(Bomb("stage_start", 3, 1, 0)), runs=tmp_path / "runs")
+    run(experiment, registry=registry(), runs=tmp_path / "runs")
+
+
+def test_a_later_stage_that_cannot_work_is_told_before_the_first_one_trains(tmp_path):
+    bad = {"hint": {"type": "MSELoss", "inputs": {"input": "student", "target": "student.relu"}}}
+    bomb = Bomb()
+    experiment = stages_of(tmp_path, TEACH, {"name": "bad", "criterion": bad}, observers=["Bomb"])
+    with pytest.raises(ConfigError, match=r"stages\.bad\.criterion\.hint: MSELoss failed on"):
+        run(experiment, registry=registry(bomb), runs=tmp_path / "runs")
+    assert bomb.heard == []
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_check_without_data_opens_none(tmp_path):
+    datasets = {"train": {"type": "ToyData", "params": {"size": 0}}}
+    data = {"train": "train", "batch_size": 8}
+    experiment = toy_experiment(tmp_path, {"data": data}, datasets=datasets)
+    check(experiment, toy_registry())
+    with pytest.raises(DataError, match=r"datasets\.train: the data set is empty"):
+        check(experiment, toy_registry(), data=True)
+
+
+def test_what_a_data_set_draws_when_it_is_built_is_the_same_always(tmp_path):
+    class Subset:
+        def __init__(self):
+            self.chosen = [*torch.randperm(50)[:4].tolist(), int(numpy.random.randint(1000))]
+
+        def __len__(self):
+            return 5
+
+    parts = toy_registry(datasets={"Subset": Subset})
+    datasets = {name: {"type": "Subset"} for name in ("train", "val")}
+    builder = Builder(toy_experiment(tmp_path, {}, datasets=datasets), parts)
+    first, second = (open_sources(builder) for _ in range(2))
+    assert first["train"].dataset.chosen == second["train"].dataset.chosen
+    assert first["train"].dataset.chosen != first["val"].dataset.chosen
+
+
+def test_a_checkpoint_of_another_architecture_is_told_at_its_line(tmp_path):
+    result = run(toy_experiment(tmp_path, {}), registry=toy_registry(), runs=tmp_path / "runs")
+    file = str(result.directory / "stage0" / "last.safetensors")
+    other = {"mlp": {"type": "ToyMLP", "params": {"hidden": 5}, "checkpoint": file}}
+    experiment = toy_experiment(tmp_path, {}, models=other, name="other")
+    with pytest.raises(ConfigError, match=r"models\.mlp\.checkpoint: .* of another architecture"):
+        run(experiment, registry=toy_registry(), runs=tmp_path / "runs")
+
+
+def test_a_checkpoint_in_the_file_is_where_a_model_starts_from(tmp_path):
+    result = run(toy_experiment(tmp_path, {}), registry=toy_registry(), runs=tmp_path / "runs")
+    file = str(result.directory / "stage0" / "last.safetensors")
+    models = {"mlp": {"type": "ToyMLP", "checkpoint": file}}
+    experiment = toy_experiment(tmp_path, {}, models=models, seed=9)
+    model = Builder(experiment, toy_registry()).model("mlp", 9)
+    assert isinstance(model, ToyMLP)
+    assert torch.equal(model.head.weight, result.student().head.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("vall", "there is no data set 'vall' in .*; did you mean val?"), ("x", "there are: train")],
+)
+def test_evaluation_on_an_unknown_data_set_is_answered_with_the_known(tmp_path, name, message):
+    experiment = toy_experiment(tmp_path, {})
+    with pytest.raises(DistillError, match=message):
+        evaluate(experiment, toy_registry(), ToyMLP(), dataset=name)
+
+
+def test_observers_are_closed_whatever_happens(tmp_path):
+    closed = []
+
+    class Closing(Observer):
+        def epoch_end(self, event):
+            raise Killed
+
+        def close(self):
+            closed.append(True)
+
+    parts = toy_registry(observers={"Closing": Closing})
+    with pytest.raises(Killed):
+        run(toy_experiment(tmp_path, {}, observers=["Closing"]), registry=parts, runs=tmp_path)
+    assert closed == [True]
+
+
+def test_two_processes_come_to_the_parameters_of_one(tmp_path):
+    # Seventeen samples: the last batch of an epoch leaves one process idle.
+    train = {**IMAGES["train"], "params": {"size": 17, "shape": [1, 4, 4]}}
+    kd = {"type": "MSELoss", "weight": 0.5, "inputs": {"input": "student", "target": "teacher"}}
+    terms = {"ce": HINT["criterion"]["ce"], "hint": HINT["criterion"]["hint"], "kd": kd}
+    sgd = {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}
+    both = {**HINT, "criterion": terms, "optimizer": sgd, "precision": "fp32", "scheduler": None}
+    # Without the cross entropy, the student's head gets no gradient.
+    hint_alone = {"name": "hint-alone", "criterion": {"hint": terms["hint"]}}
+    stages_of(
+        tmp_path,
+        {**TEACH, "optimizer": sgd},
+        both,
+        hint_alone,
+        datasets={**IMAGES, "train": train},
+        observers=["ResultFiles"],
+        test={"dataset": "val", "metrics": ["accuracy"]},
+    )
+    run_file(tmp_path / "toy.yaml", tmp_path / "one")
+    run_processes(__file__, str(tmp_path / "toy.yaml"), str(tmp_path / "two"))
+    one, two = tmp_path / "one" / "toy", tmp_path / "two" / "toy"
+    students = sorted(file.relative_to(one) for file in one.rglob("last.safetensors"))
+    assert len(students) == 3
+    for file in students:
+        expected, found = (safetensors.torch.load_file(folder / file) for folder in (one, two))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for expected, found in zip(events_of(one), events_of(two), strict=True):
+        assert found.pop("losses", {}) == pytest.approx(expected.pop("losses", {}), abs=1e-6)
+        assert found == expected
+
+
+def run_file(file, runs):
+    run(load(file), registry=registry(), runs=runs)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_file(*map(Path, sys.argv[1:]))

@@ -1,0 +1,75 @@
+import pytest
+from distill.config.schema import frame_faults
+from distill.config.yaml_document import parse
+
+WRONG = [
+    ("name: toy", "name: to y", "'to y' does not fit here; a run's name is up to 64 letters"),
+    ("name: toy", "name: ../toy", "'../toy' does not fit here; a run's name is up to"),
+    ("name: toy", "name: 5", "name: expected text, got the number 5"),
+    ("seed: 3", "seed: 3.0", "seed: expected a whole number, got the number 3.0"),
+    ("seed: 3", "seed: true", "seed: expected a whole number, got true"),
+    ("seed: 3", "seed: 9223372036854775808", "seed: must be at most 9223372036854775807, got"),
+    ("seed: 3", "seeds: []", "seeds: the list is empty"),
+    ("seed: 3", "seeds: [1, 1]", "seeds: the list names something twice"),
+    ("seed: 3", "seeds: 3", "seeds: expected a list, got the number 3"),
+    ("log_every: 5", "log_every: 0", "log_every: must be at least 1, got the number 0"),
+    ("wide: {type", "wi.de: {type", "models.wi.de: 'wi.de' is no name; use letters, digits, _"),
+    ("type: ToyMLP", "type: ''", "models.wide.type: the text is empty"),
+    (
+        "params: {hidden: 16}",
+        "params: [16]",
+        "params: expected a mapping, got the list [16]",
+    ),
+    ("transforms: [{type: Scale, params: {factor: 0.5}}]", "transforms: [3]", "a mapping or text"),
+    ("{model: wide, mode: eval}", "wide", "expected a mapping or null, got the text 'wide'"),
+    ("mode: eval", "min_accuracy: 95", "min_accuracy: must be at most 1, got the number 95"),
+    ("freeze: [student.head]", "freeze: student.head", "expected a list or null, got the text"),
+    ("ce: {type: CrossEntropyLoss}", "{}", "stages.teach.criterion: is empty"),
+    ("metrics: [accuracy]", "keep: bets", "one of last, best, got the text 'bets'; did you mean"),
+    ("batch_size: 8", "batch_size: null", "batch_size: expected a whole number, got nothing"),
+    ("batch_size: 8", "drop_last: 1", "drop_last: expected true or false, got the number 1"),
+    ("inputs: {input: student.body}", "inputs: {input: 1}", "inputs.input: expected text, got"),
+]
+
+
+def frame(text):
+    return [str(fault) for _, fault in frame_faults(parse(text, "exp.yaml"))]
+
+
+@pytest.mark.parametrize(("right", "wrong", "said"), WRONG)
+def test_a_value_of_the_wrong_form_is_one_fault_in_words(experiment_text, right, wrong, said):
+    assert right in experiment_text
+    (fault,) = frame(experiment_text.replace(right, wrong, 1))
+    assert said in fault
+
+
+@pytest.mark.parametrize("key", ["name", "datasets", "models", "stages"])
+def test_what_an_experiment_must_have_is_missed(experiment_text, key):
+    document = parse(experiment_text, "exp.yaml")
+    del document.data[key]
+    ((path, fault),) = frame_faults(document)
+    assert path == ()
+    assert fault.message == f"the key '{key}' is missing"
+
+
+def test_a_misspelt_required_key_is_not_missed_as_well(experiment_text):
+    (fault,) = frame(experiment_text.replace("models:", "model:"))
+    assert fault.endswith("model: unknown key 'model'; did you mean models?")
+
+
+def test_an_unknown_key_like_no_other_gets_the_list_of_known_ones(experiment_text):
+    (fault,) = frame(experiment_text.replace("[accuracy]\n", "[accuracy]\n    zzz: 1\n", 1))
+    assert "stages.teach.zzz: unknown key 'zzz' (known: name, epochs, data, teacher," in fault
+
+
+def test_keys_that_begin_with_x_hold_what_the_author_wants(experiment_text):
+    anchors = "x-common: &sgd {type: SGD, params: {lr: 0.1}}\nx-2: [1]\n"
+    text = anchors + experiment_text.replace("{type: SGD, params: {lr: 0.1}}", "*sgd")
+    assert frame(text) == []
+
+
+def test_clearing_values_fit_the_frame(experiment_text):
+    cleared = "    auxiliary: null\n    freeze: []\n    teachers: {}\n"
+    text = experiment_text.replace("    precision: fp32\n", cleared + "    teacher: null\n")
+    text = text.replace("scheduler: {type: StepLR, params: {step_size: 1}}", "scheduler: null")
+    assert frame(text) == []

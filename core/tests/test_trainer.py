@@ -1,0 +1,308 @@
+import copy
+
+import pytest
+import torch
+from distill import ConfigError, DistillError, NumericalError, Observer
+from distill.testing import ToyMLP, toy_experiment, toy_registry
+from distill.training.build import Builder
+from distill.training.checkpoint import load_state, load_weights
+from distill.training.trainer import Best, SeedRun, train_stage
+from torch import nn
+
+CPU = torch.device("cpu")
+REGRESSOR = {
+    "type": "Linear",
+    "params": {"in_features": 8, "out_features": 12},
+    "inputs": {"input": "student.body"},
+}
+HINT = {
+    "teacher": {"model": "wide"},
+    "auxiliary": {"regressor": REGRESSOR},
+    "criterion": {
+        "hint": {"type": "MSELoss", "inputs": {"input": "regressor", "target": "teacher.body"}}
+    },
+}
+STILL = {"type": "SGD", "params": {"lr": 0.0}}
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, student):
+        return (self.scale * student - 1).square().mean()
+
+
+class Exploding(nn.Module):
+    def forward(self, student):
+        return student.square().mean() * float("inf")
+
+
+class Counting(ToyMLP):
+    """Counts its forwards in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, inputs):
+        self.calls += 1
+        return super().forward(inputs)
+
+
+class Recorder(Observer):
+    """Keeps every event."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, name, event):
+        self.events.append((name, event))
+
+    def of(self, name):
+        return [event for kind, event in self.events if kind == name]
+
+
+REGISTRY = toy_registry(
+    losses={"Scaled": Scaled, "Exploding": Exploding}, models={"Counting": Counting}
+)
+
+
+def seed_run(folder, *stages, seed=0, **keys):
+    experiment = toy_experiment(folder, *stages, **keys)
+    builder = Builder(experiment, REGISTRY)
+    models = {name: builder.model(name, seed) for name in experiment.models}
+    sources = {name: builder.source(name) for name in experiment.datasets}
+    return SeedRun(builder, seed, CPU, folder / "run", Recorder(), models, sources)
+
+
+def weights_of(module):
+    return copy.deepcopy(module.state_dict())
+
+
+def moved(module, before):
+    return {name for name, v in module.state_dict().items() if not torch.equal(v, before[name])}
+
+
+def test_best_is_the_highest_of_the_first_metric():
+    assert not Best().beaten_by({})
+    assert Best().beaten_by({"accuracy": 0.0})
+    best = Best(2, {"accuracy": 0.5, "loss": 1.0})
+    assert best.beaten_by({"accuracy": 0.6, "loss": 9.0})
+    assert not best.beaten_by({"accuracy": 0.5, "loss": 0.0})
+
+
+def test_a_stage_trains_its_student_and_leaves_its_weights(tmp_path):
+    run = seed_run(tmp_path, {})
+    before = weights_of(run.models["mlp"])
+    result = train_stage(run, 0)
+    assert moved(run.models["mlp"], before) == set(before)
+    assert (result.stage, result.student, result.epochs) == ("stage0", "mlp", 2)
+    assert result.parameters == sum(p.numel() for p in ToyMLP().parameters())
+    last = ToyMLP()
+    load_weights(last, tmp_path / "run" / "stage0" / "last.safetensors")
+    assert moved(last, run.models["mlp"].state_dict()) == set()
+    assert run.results == [result]
+
+
+def test_training_learns_what_there_is_to_learn(tmp_path):
+    result = train_stage(seed_run(tmp_path, {"epochs": 20}), 0)
+    assert result.validation["accuracy"] >= 0.9
+
+
+def test_the_teacher_stays_as_it_was_and_is_measured_first(tmp_path):
+    run = seed_run(tmp_path, HINT)
+    teacher = run.models["wide"].train()
+    before = weights_of(teacher)
+    result = train_stage(run, 0)
+    assert moved(teacher, before) == set()
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert teacher.training
+    assert 0 <= result.teachers["teacher"]["accuracy"] <= 1
+    ((event),) = run.tell.of("stage_start")
+    assert event.teachers == result.teachers
+
+
+def test_a_teacher_below_its_min_accuracy_is_an_error_before_anything_trains(tmp_path):
+    run = seed_run(tmp_path, {"teacher": {"model": "wide", "min_accuracy": 1.0}})
+    before = weights_of(run.models["mlp"])
+    with pytest.raises(ConfigError, match=r"teacher 'wide' reaches an accuracy of only 0\.\d+ on"):
+        train_stage(run, 0)
+    assert moved(run.models["mlp"], before) == set()
+    assert not run.checkpoint.exists()
+
+
+def test_a_teacher_that_is_good_enough_teaches(tmp_path):
+    stage = {"student": {"model": "wide"}, "epochs": 20}
+    distil = {"student": {"model": "mlp"}, "teacher": {"model": "wide", "min_accuracy": 0.8}}
+    run = seed_run(tmp_path, stage, {**distil, "epochs": 1})
+    train_stage(run, 0)
+    assert train_stage(run, 1).teachers["teacher"]["accuracy"] >= 0.8
+
+
+def test_min_accuracy_needs_the_accuracy(tmp_path):
+    teacher = {"model": "wide", "min_accuracy": 0.0}
+    metrics = [{"type": "accuracy", "params": {"top_k": 2}}]
+    with pytest.raises(ConfigError, match="needs 'accuracy' among the stage's metrics"):
+        train_stage(seed_run(tmp_path, {"teacher": teacher, "metrics": metrics}), 0)
+
+
+def test_a_teacher_that_changes_while_it_teaches_is_an_error(tmp_path):
+    models = {"mlp": {"type": "ToyMLP"}, "wide": {"type": "Counting"}}
+    kd = {"type": "MSELoss", "inputs": {"input": "student", "target": "teacher"}}
+    run = seed_run(tmp_path, {"teacher": {"model": "wide"}, "criterion": {"kd": kd}}, models=models)
+    with pytest.raises(DistillError, match="the frozen teacher 'teacher' has changed"):
+        train_stage(run, 0)
+
+
+def test_auxiliary_modules_and_losses_with_parameters_learn_too(tmp_path):
+    run = seed_run(tmp_path, {**HINT, "criterion": {**HINT["criterion"], "s": {"type": "Scaled"}}})
+    built = run.assemble(run.builder.experiment.stages[0])
+    regressor, loss = built.auxiliary["regressor"], built.terms["s"]
+    before = weights_of(regressor), weights_of(loss)
+    train_stage(run, 0)
+    assert moved(regressor, before[0]) == {"weight", "bias"}
+    assert moved(loss, before[1]) == {"scale"}
+
+
+def test_what_is_frozen_does_not_move_and_is_free_afterwards(tmp_path):
+    decay = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}}
+    run = seed_run(tmp_path, {"freeze": ["student.body"], "optimizer": decay}, {"freeze": []})
+    student = run.models["mlp"]
+    before = weights_of(student)
+    train_stage(run, 0)
+    assert moved(student, before) == {"head.weight", "head.bias"}
+    assert all(p.requires_grad for p in student.parameters())
+    train_stage(run, 1)
+    assert moved(student, before) == set(before)
+
+
+def test_an_inherited_auxiliary_module_goes_on_with_what_it_learned(tmp_path):
+    run = seed_run(tmp_path, HINT, {"optimizer": STILL}, {"auxiliary": {"regressor": REGRESSOR}})
+    train_stage(run, 0)
+    key = ("auxiliary_modules", "stage0", "regressor")
+    learned = weights_of(run.parts[key])
+    train_stage(run, 1)
+    assert moved(run.parts[key], learned) == set()
+    assert len([k for k in run.parts if k[0] == key[0]]) == 1
+    train_stage(run, 2)
+    fresh = run.parts["auxiliary_modules", "stage2", "regressor"]
+    assert moved(fresh, learned) == {"weight", "bias"}
+
+
+def test_a_students_weights_go_on_into_the_stage_where_it_teaches(tmp_path):
+    run = seed_run(
+        tmp_path,
+        {"student": {"model": "wide"}},
+        {"student": {"model": "mlp"}, "teacher": {"model": "wide"}},
+    )
+    first = train_stage(run, 0)
+    second = train_stage(run, 1)
+    assert second.teachers["teacher"] == first.validation
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_kept_weights_are_those_that_go_on(tmp_path, keep):
+    rising = {"type": "SGD", "params": {"lr": 3.0}}
+    run = seed_run(tmp_path, {"epochs": 6, "keep": keep, "optimizer": rising}, seed=3)
+    result = train_stage(run, 0)
+    epochs = run.tell.of("epoch_end")
+    accuracies = [event.metrics["accuracy"] for event in epochs]
+    assert result.best["accuracy"] == max(accuracies)
+    assert result.best_epoch == accuracies.index(max(accuracies)) + 1
+    assert result.best_epoch < 6, "the seed must give a run whose last epoch is not its best"
+    assert result.validation["accuracy"] == accuracies[-1]
+    kept = ToyMLP()
+    load_weights(kept, tmp_path / "run" / "stage0" / f"{keep}.safetensors")
+    assert moved(kept, run.models["mlp"].state_dict()) == set()
+    other = {"last": "best", "best": "last"}[keep]
+    load_weights(kept, tmp_path / "run" / "stage0" / f"{other}.safetensors")
+    assert moved(kept, run.models["mlp"].state_dict())
+
+
+def test_each_epoch_is_told_with_its_losses_metrics_and_learning_rate(tmp_path):
+    scheduler = {"type": "StepLR", "params": {"step_size": 1}}
+    kd = {"type": "MSELoss", "inputs": {"input": "student", "target": "teacher"}, "weight": 2.0}
+    stage = {
+        "teacher": {"model": "wide"},
+        "criterion": {"ce": {"type": "CrossEntropyLoss"}, "kd": kd},
+        "scheduler": scheduler,
+    }
+    run = seed_run(tmp_path, stage, log_every=1)
+    train_stage(run, 0)
+    first, second = run.tell.of("epoch_end")
+    assert [first.lr, second.lr] == pytest.approx([0.1, 0.01])
+    assert [first.position.epoch, second.position.epoch] == [1, 2]
+    assert [first.position.step, second.position.step] == [3, 6]
+    assert first.losses["total"] == pytest.approx(first.losses["ce"] + 2 * first.losses["kd"])
+    assert set(first.metrics) == {"accuracy"}
+    steps = run.tell.of("step_end")
+    assert [event.position.step for event in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1].seconds_left == 0
+
+
+def test_a_plateau_lowers_the_learning_rate(tmp_path):
+    scheduler = {"type": "ReduceLROnPlateau", "params": {"mode": "max", "patience": 0}}
+    run = seed_run(
+        tmp_path, {"optimizer": STILL | {"params": {"lr": 1e-9}}, "scheduler": scheduler}
+    )
+    train_stage(run, 0)
+    state = load_state(run.checkpoint)
+    assert state["stage"] == 1
+    rates = [event.lr for event in run.tell.of("epoch_end")]
+    assert rates == [1e-9, 1e-9]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_trains_and_its_state_is_saved(tmp_path, precision):
+    run = seed_run(tmp_path, {"precision": precision, "epochs": 10})
+    states = []
+    save = run.save
+    run.save = lambda *place: (save(*place), states.append(load_state(run.checkpoint)))
+    result = train_stage(run, 0)
+    assert result.validation["accuracy"] >= 0.6
+    assert all(p.dtype == torch.float32 for p in run.models["mlp"].parameters())
+    scaler = states[0]["optimization"]["scaler"]
+    assert (scaler is not None and scaler["scale"] > 0) is (precision == "fp16")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint_from_before(tmp_path):
+    run = seed_run(tmp_path, {}, {"criterion": {"bad": {"type": "Exploding"}}})
+    train_stage(run, 0)
+    with pytest.raises(
+        NumericalError, match="stage 'stage1': the loss 'bad' became (inf|nan) by step 3"
+    ):
+        train_stage(run, 1)
+    assert load_state(run.checkpoint)["stage"] == 1
+
+
+def test_what_is_worth_knowing_is_noted(tmp_path):
+    data = {"train": "train", "batch_size": 19}
+    run = seed_run(tmp_path, {"freeze": ["student.body"], "data": data})
+    train_stage(run, 0)
+    ((event),) = run.tell.of("stage_start")
+    assert event.notes == [
+        "40 parameters are frozen",
+        "the last batch of an epoch is a single sample; data.drop_last leaves it out",
+    ]
+    assert event.trainable == event.parameters - 40
+
+
+def test_without_validation_data_nothing_is_measured(tmp_path):
+    run = seed_run(tmp_path, {"data": {"train": "train", "batch_size": 8}})
+    result = train_stage(run, 0)
+    assert (result.validation, result.best, result.best_epoch) == ({}, {}, 0)
+    assert not (tmp_path / "run" / "stage0" / "best.safetensors").exists()
+
+
+def test_test_data_measure_the_student_at_the_end(tmp_path):
+    top = {"type": "accuracy", "params": {"top_k": 3}}
+    run = seed_run(tmp_path, {}, test={"dataset": "val", "metrics": ["accuracy", top]})
+    result = train_stage(run, 0)
+    assert result.test == {
+        "accuracy": result.validation["accuracy"],
+        "accuracy(top_k=3)": 1.0,
+    }
