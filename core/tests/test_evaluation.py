@@ -93,6 +93,12 @@ def test_the_model_is_in_eval_mode_meanwhile_and_each_module_back_in_its_own_aft
         assert torch.equal(buffer, before[name])
 
 
+def test_nothing_is_dropped_though_the_model_was_training():
+    seen, model, data = Seen(), model_of(dropout=0.9), ToyData(6)
+    evaluate(model.train(), Source("d", data), {"seen": seen}, batch_size=6, device=CPU)
+    assert torch.equal(seen.output, model.eval()(data.inputs))
+
+
 def test_modes_are_back_even_after_an_error():
     model = nn.Linear(99, 3).train()
     with pytest.raises(RuntimeError):

@@ -292,6 +292,6 @@ def test_too_few_samples_for_one_batch_are_told(tmp_path):
 
 
 def test_a_data_set_of_one_sample_can_be_rehearsed_though_batchnorm_could_not_train(tmp_path):
-    one = {"train": {"type": "ToyData", "params": {"size": 1, "shape": [1, 4, 5]}}}
+    one = {"train": {"type": "ToyData", "params": {"size": 1, "shape": [1, 1, 1]}}}
     data = {"train": "train", "batch_size": 1}
     rehearsed(tmp_path, {"data": data}, datasets=one, **with_models(mlp=ToyConvNet.__name__))

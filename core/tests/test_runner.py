@@ -24,6 +24,7 @@ IMAGES = {
 }
 NETS = {
     "wide": {"type": "ToyConvNet", "params": {"width": 6}},
+    "coach": {"type": "ToyConvNet", "params": {"width": 6}, "seed": 1},
     "thin": {"type": "ToyConvNet"},
 }
 TEACH = {
@@ -34,7 +35,7 @@ TEACH = {
 HINT = {
     "name": "hint",
     "epochs": 3,
-    "teacher": {"model": "wide", "mode": "train"},
+    "teachers": {"teacher": {"model": "wide"}, "coach": {"model": "coach", "mode": "train"}},
     "student": {"model": "thin"},
     "auxiliary": {
         "regressor": {
@@ -45,21 +46,23 @@ HINT = {
     },
     "criterion": {
         "ce": {"type": "CrossEntropyLoss"},
-        "hint": {"type": "MSELoss", "inputs": {"input": "regressor", "target": "teacher.relu"}},
+        "hint": {"type": "MSELoss", "inputs": {"input": "regressor", "target": "coach.relu"}},
         "scaled": {"type": "Scaled", "weight": 0.5},
     },
     "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
     "scheduler": {"type": "ReduceLROnPlateau", "params": {"mode": "max", "patience": 0}},
     "precision": "fp16",
+    "metrics": ["accuracy", "MeanLogit"],
     "keep": "best",
 }
 KD = {
     "name": "kd",
     "epochs": 2,
-    "teacher": {"model": "wide"},
+    "teachers": {"coach": {"model": "coach"}},
     "optimizer": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}},
     "scheduler": {"type": "CosineAnnealingLR", "params": {"T_max": 2}},
     "precision": "fp32",
+    "metrics": ["accuracy"],
     "freeze": ["student.conv"],
 }
 
@@ -105,24 +108,24 @@ class Bomb(Observer):
             raise Killed
 
 
-class NumpyAccuracy:
-    """A metric whose value is no plain number."""
+class MeanLogit:
+    """A metric that every change of a model shows in, and whose value is a number of numpy's."""
 
     def reset(self):
-        self.hits = []
+        self.logits = []
 
     def update(self, output, batch):
-        self.hits += (output.argmax(1) == batch.targets).tolist()
+        self.logits += output[:, 0].tolist()
 
     def compute(self):
-        return numpy.mean(self.hits)
+        return numpy.mean(self.logits)
 
 
 def registry(observer=None):
     return toy_registry(
         transforms={"Noise": Noise},
         losses={"Scaled": Scaled},
-        metrics={"NumpyAccuracy": NumpyAccuracy},
+        metrics={"MeanLogit": MeanLogit},
         observers={"Bomb": lambda: observer or Bomb()},
     )
 
@@ -182,7 +185,8 @@ def test_stages_run_one_after_another_and_leave_their_students(tmp_path):
         ("hint", "thin"),
         ("kd", "thin"),
     ]
-    assert result.stages[1].teachers["teacher"] == result.stages[0].validation
+    quality = result.stages[1].teachers["teacher"]
+    assert quality["accuracy"] == result.stages[0].validation["accuracy"]
     assert result.directory == tmp_path / "runs" / "toy"
     left = sorted(str(f.relative_to(result.directory)) for f in result.directory.glob("*/*"))
     expected = [f"{s}/{w}.safetensors" for s in ("hint", "kd", "teach") for w in ("best", "last")]
@@ -300,7 +304,7 @@ def test_a_damaged_checkpoint_is_told_and_nothing_else_is_touched(tmp_path):
 
 
 def test_a_metric_may_give_a_number_of_numpy(tmp_path):
-    stage = {**TEACH, "metrics": ["NumpyAccuracy"]}
+    stage = {**TEACH, "metrics": ["MeanLogit"]}
     experiment = stages_of(tmp_path, stage, {"name": "more"}, observers=["Bomb"])
     with pytest.raises(Killed):
         run(experiment, registry=registry(Bomb("stage_start", 3, 1, 0)), runs=tmp_path / "runs")
@@ -395,6 +399,7 @@ def test_two_processes_come_to_the_parameters_of_one(tmp_path):
     terms = {"ce": HINT["criterion"]["ce"], "hint": HINT["criterion"]["hint"], "kd": kd}
     sgd = {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}
     both = {**HINT, "criterion": terms, "optimizer": sgd, "precision": "fp32", "scheduler": None}
+    both["metrics"] = ["accuracy"]
     # Without the cross entropy, the student's head gets no gradient.
     hint_alone = {"name": "hint-alone", "criterion": {"hint": terms["hint"]}}
     stages_of(

@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_from_before(tmp_path):
     run = seed_run(tmp_path, {}, {"criterion": {"bad": {"type": "Exploding"}}})
     train_stage(run, 0)
     with pytest.raises(
-        NumericalError, match="stage 'stage1': the loss 'bad' became (inf|nan) by step 3"
+        NumericalError, match=r"stage 'stage1': the loss 'bad' became (inf|nan) by step 3"
     ):
         train_stage(run, 1)
     assert load_state(run.checkpoint)["stage"] == 1
