@@ -80,9 +80,7 @@ def _try_alone(session: nox.Session, name: str, wheels: list[str]) -> None:
     folder = "Scripts" if os.name == "nt" else "bin"
     python = str(environment / folder / "python")
     session.run("uv", "pip", "install", "-q", "--python", python, *wheels, external=True)
-    listed = session.run(
-        python, "-m", "distill", "plugins", "--json", external=True, silent=True
-    )
+    listed = session.run(python, "-m", "distill", "plugins", "--json", external=True, silent=True)
     records = {record["distribution"]: record for record in json.loads(str(listed))}
     if set(records) != {"distill-core", name} or any(r["error"] for r in records.values()):
         session.error(f"beside core, {name} is found as {records}")

@@ -15,7 +15,6 @@ from time import perf_counter
 
 import torch
 import torchvision
-from distill_kd import KDLoss
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from distill.model.distiller import Distiller
 from distill.model.wiring import Address, Call
 from distill.training.loop import Loop
 from distill.training.optimizer import Optimization
+from distill_kd import KDLoss
 
 TEMPERATURE, ALPHA = 4.0, 0.5
 CLASSES = 10

@@ -86,7 +86,8 @@ def test_plugins_import_the_contract_only(file: Path) -> None:
     own = file.parent.name if "plugins" in file.parts else "distill.builtin"
     own = next((p for p in file.parts if p.startswith("distill_")), own)
     foreign = {
-        m for m in _imports(file)
+        m
+        for m in _imports(file)
         if m.split(".")[0].startswith("distill") and m != "distill" and not m.startswith(own)
     }
     assert not foreign

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-METHOD = '''
+METHOD = """
 import distill
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class LogitMSELoss(nn.Module):
 @distill.hookimpl
 def distill_losses():
     return {"LogitMSELoss": LogitMSELoss}
-'''
+"""
 PROJECT = """
 [build-system]
 requires = ["hatchling"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distill import plugins
 from distill.registry import Registry
 

@@ -2,6 +2,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+
 from distill import Batch, Sample
 from distill.data.batch import collate, map_tensors
 

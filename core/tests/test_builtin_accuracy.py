@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from distill import Batch, DataError
 from distill.builtin.accuracy import accuracy
 

@@ -2,6 +2,7 @@ import io
 from pathlib import Path
 
 import pytest
+
 from distill.builtin import console
 from distill.builtin.console import Console
 from distill.observer import (

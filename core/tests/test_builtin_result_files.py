@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from distill.builtin.result_files import ResultFiles
 from distill.observer import (
     EpochEnd,

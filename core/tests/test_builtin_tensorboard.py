@@ -1,6 +1,7 @@
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from distill.builtin.tensorboard import TensorBoard
 from distill.observer import EpochEnd, Position, RunEnd, RunStart, StepEnd
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def read(folder):

@@ -2,10 +2,11 @@ import inspect
 
 import pytest
 import torch
-from distill import builtin
-from distill.signature import bind
 from torch import nn, optim
 from torch.optim import lr_scheduler
+
+from distill import builtin
+from distill.signature import bind
 
 LOSSES = builtin.distill_losses()
 LAYERS = builtin.distill_auxiliary_modules()

@@ -3,10 +3,11 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
+
 from distill import Capture, DistillError
 from distill.model.capture import find_module, split_path, unknown_module
 from distill.testing import ToyMLP
-from torch import nn
 
 INPUTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 

@@ -3,14 +3,15 @@
 import re
 
 import pytest
+from torch import nn, optim
+from torch.optim import lr_scheduler
+
 from distill.config.load import draft, load
 from distill.config.overrides import override_experiment
 from distill.config.yaml_document import parse
 from distill.errors import ConfigError
 from distill.registry import Entry, Registry
 from distill.training.check import check
-from torch import nn, optim
-from torch.optim import lr_scheduler
 
 TYPOS = [
     ("log_every", "log_evry", "log_evry: unknown key 'log_evry'; did you mean log_every?"),

@@ -2,6 +2,8 @@ import re
 
 import pytest
 import torch
+from torch import nn
+
 from distill import StorageError
 from distill.builtin.torch_components import optimizers, schedulers
 from distill.testing import ToyConvNet, ToyMLP
@@ -13,7 +15,6 @@ from distill.training.checkpoint import (
     save_weights,
     write_atomically,
 )
-from torch import nn
 
 SCHEDULERS = {
     "CosineAnnealingLR": {"T_max": 3},

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+
 from distill.cli import main
 
 pytestmark = pytest.mark.usefixtures("only_core")

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch import nn
+
 from distill.builtin.torch_components import CrossEntropyLoss
 from distill.model.criterion import Criterion
 from distill.model.wiring import Address, Call
 from distill.testing import LossConformance
-from torch import nn
 
 VALUES = {"x": torch.tensor([1.0, 3.0]), "y": torch.tensor([0.0, 0.0])}
 

@@ -2,14 +2,15 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from distill import Batch
 from distill.builtin.torch_components import CrossEntropyLoss
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import Address, Call
 from distill.testing import ToyMLP
-from torch import nn
-from torch.nn import functional as F
 
 
 class Spy(nn.Module):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from distill import DistillError, distributed
 from distill.builtin.accuracy import accuracy
 from distill.data.loader import Source

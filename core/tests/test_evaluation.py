@@ -1,12 +1,13 @@
 import numpy
 import pytest
 import torch
+from torch import nn
+
 from distill import distributed
 from distill.builtin.accuracy import accuracy
 from distill.data.loader import Source
 from distill.testing import ToyConvNet, ToyData, ToyMLP
 from distill.training.evaluation import evaluate
-from torch import nn
 
 CPU = torch.device("cpu")
 

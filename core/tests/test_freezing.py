@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch import nn
+
 from distill import DistillError
 from distill.testing import ToyConvNet, ToyMLP
 from distill.training.freezing import Unchanged, frozen_parameters
-from torch import nn
 
 
 class Counting(nn.Module):

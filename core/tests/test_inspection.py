@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import nn
+
 from distill import load
 from distill.errors import UsageError
 from distill.inspection import inspect_model, models_of_file, named_model, table
 from distill.registry import Entry, Registry
 from distill.testing import ToyConvNet, ToyMLP
-from torch import nn
 
 
 class Twice(nn.Module):

@@ -1,4 +1,5 @@
 import pytest
+
 from distill import ConfigError, load
 from distill.config.load import draft
 from distill.config.yaml_document import parse

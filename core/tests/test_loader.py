@@ -4,6 +4,7 @@ import traceback
 import numpy
 import pytest
 import torch
+
 from distill import DataError, Sample, distributed
 from distill.data.loader import (
     Plan,

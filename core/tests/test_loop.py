@@ -5,6 +5,9 @@ import random
 import numpy
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from distill import Batch, NumericalError, distributed, randomness
 from distill.builtin.torch_components import CrossEntropyLoss
 from distill.data.loader import Plan, Source, training_batches
@@ -14,8 +17,6 @@ from distill.model.wiring import Address, Call
 from distill.testing import ToyConvNet, ToyData, ToyMLP
 from distill.training.loop import Loop, buffers_kept, distributed_over_ranks
 from distill.training.optimizer import Optimization
-from torch import nn
-from torch.nn import functional as F
 
 CPU = torch.device("cpu")
 DATA = ToyData(20)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from distill import distributed
 from distill.training.metrics import Meter, merge_over_ranks
 

@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
 from distill import ConfigError
 from distill.testing import toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.optimizer import Optimization, build_optimization
-from torch import nn
-from torch.optim import lr_scheduler
 
 CPU = torch.device("cpu")
 PLATEAU = {"type": "ReduceLROnPlateau", "params": {"mode": "max", "factor": 0.1, "patience": 0}}
@@ -73,6 +74,11 @@ def test_a_scheduler_that_watches_needs_something_to_watch(tmp_path):
     (fault,) = caught.value.faults
     assert fault.path == "stages.stage0.scheduler"
     assert fault.location.line > 0
+
+
+def test_a_scheduler_that_watches_accuracy_the_wrong_way_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="better when higher: mode: max"):
+        build(tmp_path, [parameter()], scheduler={"type": "ReduceLROnPlateau"})
 
 
 def test_nothing_to_train_is_told_at_the_freezing(tmp_path):

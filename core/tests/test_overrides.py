@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from distill.config.overrides import override_experiment
 from distill.config.yaml_document import parse
 from distill.errors import ConfigError

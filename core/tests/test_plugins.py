@@ -4,6 +4,7 @@ from importlib import metadata
 
 import pytest
 from click.testing import CliRunner
+
 from distill import plugins
 from distill.cli import main
 from distill.errors import PluginError

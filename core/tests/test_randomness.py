@@ -2,6 +2,7 @@ import random
 
 import numpy
 import torch
+
 from distill import randomness
 
 CPU = torch.device("cpu")

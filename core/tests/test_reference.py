@@ -1,4 +1,5 @@
 import pytest
+
 from distill.reference import Reference, parse
 
 

@@ -1,4 +1,5 @@
 import pytest
+
 from distill import registry as registry_module
 from distill.errors import PluginError
 from distill.registry import Entry, PluginRecord, Registry, known_components

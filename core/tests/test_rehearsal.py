@@ -1,12 +1,13 @@
 import pytest
 import torch
+from torch import nn
+
 from distill import ConfigError, DataError
 from distill.data.loader import Plan, training_batches
 from distill.testing import ToyConvNet, ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.rehearsal import rehearse
 from distill.training.stage import assemble, roles_in_force
-from torch import nn
 
 CPU = torch.device("cpu")
 IMAGES = {

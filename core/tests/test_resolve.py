@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from distill import load
 from distill.config.load import draft
 from distill.config.yaml_document import parse

@@ -4,6 +4,7 @@ import sys
 import textwrap
 
 import pytest
+
 from distill import ConfigError, StorageError, load
 from distill.run_directory import GIVEN, RESOLVED, open_run, seed_directory
 

@@ -8,11 +8,12 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
+
 from distill import ConfigError, DataError, DistillError, Observer, StorageError, check, load, run
 from distill.runner import evaluate, open_sources
 from distill.testing import ToyMLP, run_processes, toy_experiment, toy_registry
 from distill.training.build import Builder
-from torch import nn
 
 IMAGES = {
     "train": {

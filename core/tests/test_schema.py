@@ -1,4 +1,5 @@
 import pytest
+
 from distill.config.schema import frame_faults
 from distill.config.yaml_document import parse
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Optional, Union
 
 import pytest
 import torch
+
 from distill.signature import bind, show, wired_parameters
 
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch import nn
+
 from distill import Batch, ConfigError
 from distill.testing import toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.stage import assemble, roles_in_force
-from torch import nn
 
 CPU = torch.device("cpu")
 CE = {"ce": {"type": "CrossEntropyLoss"}}

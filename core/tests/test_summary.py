@@ -1,4 +1,5 @@
 import pytest
+
 from distill import load
 from distill.observer import StageResult
 from distill.summary import measured_on, summary_table

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from distill import distributed
 from distill.testing import run_processes
 from distill.training.sync_batchnorm import synchronized, uncounted
-from torch import nn
 
 CPU = torch.device("cpu")
 LAYERS = {

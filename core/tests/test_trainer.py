@@ -2,12 +2,13 @@ import copy
 
 import pytest
 import torch
-from distill import ConfigError, DistillError, NumericalError, Observer
+from torch import nn
+
+from distill import ConfigError, DataError, DistillError, NumericalError, Observer
 from distill.testing import ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.checkpoint import load_state, load_weights
 from distill.training.trainer import Best, SeedRun, train_stage
-from torch import nn
 
 CPU = torch.device("cpu")
 REGRESSOR = {
@@ -22,6 +23,7 @@ HINT = {
         "hint": {"type": "MSELoss", "inputs": {"input": "regressor", "target": "teacher.body"}}
     },
 }
+DATA_WITH_A_REST_OF_ONE = {"train": "train", "batch_size": 19}
 STILL = {"type": "SGD", "params": {"lr": 0.0}}
 
 
@@ -71,9 +73,9 @@ REGISTRY = toy_registry(
 )
 
 
-def seed_run(folder, *stages, seed=0, **keys):
+def seed_run(folder, *stages, seed=0, registry=None, **keys):
     experiment = toy_experiment(folder, *stages, **keys)
-    builder = Builder(experiment, REGISTRY)
+    builder = Builder(experiment, registry or REGISTRY)
     models = {name: builder.model(name, seed) for name in experiment.models}
     sources = {name: builder.source(name) for name in experiment.datasets}
     return SeedRun(builder, seed, CPU, folder / "run", Recorder(), models, sources)
@@ -306,3 +308,41 @@ def test_test_data_measure_the_student_at_the_end(tmp_path):
         "accuracy": result.validation["accuracy"],
         "accuracy(top_k=3)": 1.0,
     }
+
+
+class Normalized(ToyMLP):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, inputs):
+        return super().forward(self.norm(inputs))
+
+
+class Picky(nn.Module):
+    """Fails in training only, as a label out of range would."""
+
+    def forward(self, student):
+        if self.training:
+            raise IndexError("Target 12 is out of bounds.")
+        return student.mean()
+
+
+def test_batchnorm_on_a_single_sample_says_what_to_set(tmp_path):
+    registry = toy_registry(models={"Normalized": Normalized})
+    stage = {"student": {"model": "normalized"}, "data": DATA_WITH_A_REST_OF_ONE}
+    run = seed_run(
+        tmp_path, stage, registry=registry, models={"normalized": {"type": "Normalized"}}
+    )
+    with pytest.raises(DataError, match=r"set data\.drop_last"):
+        train_stage(run, 0)
+
+
+def test_a_loss_that_fails_in_training_is_told_at_its_line(tmp_path):
+    registry = toy_registry(losses={"Picky": Picky})
+    run = seed_run(tmp_path, {"criterion": {"picky": {"type": "Picky"}}}, registry=registry)
+    with pytest.raises(ConfigError, match="Target 12 is out of bounds") as caught:
+        train_stage(run, 0)
+    (fault,) = caught.value.faults
+    assert fault.path == "stages.stage0.criterion.picky"
+    assert fault.location.line > 0

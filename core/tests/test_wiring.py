@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from distill import DistillError
 from distill.model.wiring import Address, Call, CallError, describe, to_float32
-from torch import nn
 
 VALUES = {
     "student": torch.ones(2, 3),

@@ -7,6 +7,7 @@ import random
 import re
 
 import pytest
+
 from distill.config.yaml_document import Document, override, parse, path_text, read
 from distill.errors import ConfigError, Location
 

@@ -6,9 +6,10 @@ import enum
 from typing import Any
 
 import torch
+from torch import nn
+
 from distill import EpochEnd, Observer, hookimpl
 from distill.testing import ToyConvNet, ToyData, ToyMLP
-from torch import nn
 
 
 class Scale:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.errors import DistillError, UsageError
+from distill.errors import ConfigError, DistillError, PluginError, UsageError
 from distill.registry import SINGULAR
 
 if TYPE_CHECKING:
     from distill.config.experiment import Experiment
     from distill.registry import Registry
 
+BUG = 70
+RESUMABLE = 75
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -28,12 +31,30 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except DistillError as error:
-            if os.environ.get("RANK", "0") == "0":
-                click.echo(f"{_heading(error)}{error}", err=True)
+            _print_error(error)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
-            ctx.exit(75)
+            ctx.exit(RESUMABLE)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, known without importing it
+                text = str(error).split(". ")[0]
+                click.echo(f"error: {text}; a smaller data.batch_size needs less", err=True)
+            else:
+                traceback.print_exc()
+                click.echo("this is a bug of distill or of a plugin; please report it", err=True)
+            ctx.exit(BUG)
+
+
+def _print_error(error: DistillError) -> None:
+    """Print a message once: what is wrong with a file, every process finds."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        click.echo(f"{_heading(error)}{error}", err=True)
+    elif not isinstance(error, (ConfigError, PluginError)):
+        click.echo(f"process {rank}: {error}", err=True)
 
 
 def _heading(error: DistillError) -> str:
@@ -239,7 +260,6 @@ def _open(
     from distill.config.load import draft
     from distill.config.overrides import override_experiment
     from distill.config.yaml_document import read
-    from distill.errors import ConfigError
     from distill.plugins import plugins as load_plugins
 
     experiment, faults = draft(override_experiment(read(file), overrides))

@@ -1,9 +1,10 @@
 import inspect
 
 import torchvision
-from distill_datasets_vision import Digits, distill_datasets
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
+
+from distill_datasets_vision import Digits, distill_datasets
 
 
 def test_every_torchvision_data_set_is_offered_by_its_name():

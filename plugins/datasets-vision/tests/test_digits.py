@@ -4,8 +4,9 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
-from distill_datasets_vision import Digits, DigitsStudent, DigitsTeacher
 from torch.utils.data import DataLoader
+
+from distill_datasets_vision import Digits, DigitsStudent, DigitsTeacher
 
 SPLITS = ("train", "validation", "test")
 # Of scikit-learn's load_digits: images and target as uint8, one after the other.

@@ -5,8 +5,9 @@ import typing
 import pytest
 import torch
 import torchvision.models as tv
-from distill_datasets_vision import DigitsStudent, DigitsTeacher, distill_models
 from torch import nn
+
+from distill_datasets_vision import DigitsStudent, DigitsTeacher, distill_models
 
 MODELS = distill_models()
 TORCHVISION = sorted(MODELS.keys() - {"DigitsStudent", "DigitsTeacher"})

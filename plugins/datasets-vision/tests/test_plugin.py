@@ -1,5 +1,6 @@
-import distill_datasets_vision as plugin
 import pytest
+
+import distill_datasets_vision as plugin
 
 
 @pytest.mark.parametrize("hook", ["distill_datasets", "distill_transforms", "distill_models"])

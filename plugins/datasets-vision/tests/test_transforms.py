@@ -4,10 +4,11 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from distill_datasets_vision import distill_transforms
-from distill_datasets_vision.transforms import LEFT_OUT
 from PIL import Image
 from torchvision.transforms import v2
+
+from distill_datasets_vision import distill_transforms
+from distill_datasets_vision.transforms import LEFT_OUT
 
 # What a transform cannot be made without; as core makes it of a file's text, numbers and lists.
 REQUIRED = {

@@ -8,12 +8,13 @@ import re
 from itertools import product
 from pathlib import Path
 
-import distill_kd.kd
 import pytest
 import torch
 import yaml
-from distill_kd import KDLoss
 from torch.nn import functional as F
+
+import distill_kd.kd
+from distill_kd import KDLoss
 
 
 def logits(*shape, seed=0, scale=2.0, dtype=torch.float64):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from distill_kd import KDLoss
 
 GOLDEN = Path(__file__).parent / "golden"

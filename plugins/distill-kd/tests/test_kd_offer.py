@@ -6,8 +6,9 @@ import inspect
 import typing
 from importlib.metadata import entry_points
 
-import distill_kd
 import pytest
+
+import distill_kd
 from distill_kd import KDLoss
 
 

@@ -67,7 +67,7 @@ def compose(text: str, file: str) -> Node | None:
         refuse(TOO_LARGE, Location(file))
     loader: Any = None
     try:
-        loader = yaml.SafeLoader(text)  # type: ignore[no-untyped-call]
+        loader = yaml.SafeLoader(text)
         return _Composer(_events(loader), file).document()
     except yaml.reader.ReaderError as error:
         character = f"the character U+{ord(text[error.position]):04X} cannot stand in YAML"

@@ -177,7 +177,15 @@ def _loader(
 
 
 def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
-    for batch in loader:
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # a worker died or hangs
+            text = str(error).splitlines()[0]
+            raise DataError(f"data set '{loader.dataset.source.name}': {text}") from error  # type: ignore[attr-defined]
         if isinstance(batch, DataError):
             raise batch
         yield batch

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from distill.config.experiment import Stage
-from distill.errors import ConfigError
 from distill.training.build import Builder
 
 
@@ -84,8 +83,8 @@ def build_optimization(
     scheduler = None
     if stage.scheduler is not None:
         scheduler = builder.component("schedulers", stage.scheduler, optimizer)
-        if _watches(scheduler) and not (stage.data.validate and stage.metrics):
-            raise _unwatched(builder, stage)
+        if _watches(scheduler):
+            _check_watching(builder, stage)
     scaler = torch.amp.GradScaler(device.type) if stage.precision == "fp16" else None
     return Optimization(optimizer, scheduler, scaler)
 
@@ -94,9 +93,14 @@ def _watches(scheduler: Any) -> bool:
     return "metrics" in inspect.signature(scheduler.step).parameters
 
 
-def _unwatched(builder: Builder, stage: Stage) -> ConfigError:
-    return builder.experiment.error(
-        stage.places["scheduler"],
-        f"{stage.scheduler.type if stage.scheduler else ''} watches a validation metric; "
-        "give data.validate and metrics",
-    )
+def _check_watching(builder: Builder, stage: Stage) -> None:
+    """Refuse a scheduler that watches a metric which is not measured, or in the wrong direction."""
+    scheduler, place = stage.scheduler, stage.places["scheduler"]
+    assert scheduler is not None
+    if not (stage.data.validate and stage.metrics):
+        message = f"{scheduler.type} watches a validation metric; give data.validate and metrics"
+        raise builder.experiment.error(place, message)
+    if scheduler.params.get("mode", "min") != "max":
+        watched = stage.metrics[0].type
+        message = f"{scheduler.type} watches '{watched}', which is better when higher: mode: max"
+        raise builder.experiment.error(place, message)

@@ -6,23 +6,23 @@ It runs in eval mode and gives buffers back what they held, so that it leaves no
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from distill.config.experiment import Experiment, Stage, Wired
+from distill.config.experiment import Experiment, Stage
 from distill.config.yaml_document import Path as ConfigPath
 from distill.data.batch import Batch
 from distill.data.loader import Source, sample_batch
-from distill.errors import ConfigError, DataError, DistillError
+from distill.errors import DataError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import CallError, Values, describe, first_line, to_float32
 from distill.training.loop import buffers_kept
-from distill.training.stage import Assembly
+from distill.training.stage import Assembly, module_error
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def rehearse(
             with _broadcasting_refused():
                 losses = distiller.criterion.terms(to_float32(values))
         except CallError as error:
-            raise _at_module(experiment, assembly, error.module, str(error)) from error
+            raise module_error(experiment, assembly, error.module, str(error)) from error
     for name, module in assembly.terms.items():
         _check_term(experiment, assembly, module, losses[name])
     total = distiller.criterion.total(losses)
@@ -169,28 +169,13 @@ def _check_term(
 ) -> None:
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         message = f"a loss must be a single number, this one gives {describe(loss)}"
-        raise _at_module(experiment, assembly, module, message)
+        raise module_error(experiment, assembly, module, message)
     if not loss.requires_grad:
         message = (
             f"in stage '{assembly.stage.name}' this term reaches no parameter that trains; "
             "wire it to the student or an auxiliary module, or free what is frozen"
         )
-        raise _at_module(experiment, assembly, module, message)
-
-
-def _at_module(
-    experiment: Experiment, assembly: Assembly, module: nn.Module, message: str
-) -> ConfigError:
-    stage = assembly.stage
-    sections: list[tuple[Mapping[str, Wired], Mapping[str, nn.Module]]] = [
-        (stage.auxiliary, assembly.auxiliary),
-        (stage.criterion, assembly.terms),
-    ]
-    for described, modules in sections:
-        for name, candidate in modules.items():
-            if candidate is module:
-                return experiment.error(described[name].component.path, message)
-    raise AssertionError("a module that failed belongs to its stage")
+        raise module_error(experiment, assembly, module, message)
 
 
 def _leaves_unused(total: torch.Tensor, trainable: Iterable[nn.Parameter]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distill import randomness
-from distill.config.experiment import Component, Stage, Wired
+from distill.config.experiment import Component, Experiment, Stage, Wired
 from distill.errors import ConfigError, DistillError, Fault, did_you_mean
 from distill.model.capture import find_module, split_path, unknown_module
 from distill.model.criterion import Criterion
@@ -255,6 +255,22 @@ def _may_have_part(model: nn.Module, module: nn.Module, path: str) -> bool:
         returned = None
     paths = [name for name, _ in model.named_modules() if name]
     return returned is not torch.Tensor and not did_you_mean(path, paths)
+
+
+def module_error(
+    experiment: Experiment, assembly: Assembly, module: nn.Module, message: str
+) -> ConfigError:
+    """Return an error at the place where the file asks for a loss or auxiliary module."""
+    stage = assembly.stage
+    sections: list[tuple[Mapping[str, Wired], Mapping[str, nn.Module]]] = [
+        (stage.auxiliary, assembly.auxiliary),
+        (stage.criterion, assembly.terms),
+    ]
+    for described, modules in sections:
+        for name, candidate in modules.items():
+            if candidate is module:
+                return experiment.error(described[name].component.path, message)
+    raise AssertionError("a module that failed belongs to its stage")
 
 
 @contextmanager

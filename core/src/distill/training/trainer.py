@@ -14,7 +14,8 @@ from torch import nn
 from distill import distributed
 from distill.config.experiment import Component, Stage
 from distill.data.loader import Plan, Source, sample_batch, training_batches
-from distill.errors import ConfigError
+from distill.errors import ConfigError, DataError
+from distill.model.wiring import CallError
 from distill.observer import (
     EpochEnd,
     Numbers,
@@ -32,7 +33,14 @@ from distill.training.loop import EpochSummary, Loop, Progress, distributed_over
 from distill.training.metrics import Metric
 from distill.training.optimizer import build_optimization
 from distill.training.rehearsal import rehearse
-from distill.training.stage import REDUCED, Assembly, Parts, assemble, roles_in_force
+from distill.training.stage import (
+    REDUCED,
+    Assembly,
+    Parts,
+    assemble,
+    module_error,
+    roles_in_force,
+)
 from distill.training.sync_batchnorm import synchronized
 
 Tell = Callable[[str, Any], None]
@@ -231,11 +239,22 @@ class _Training:
             workers=stage.data.workers,
             pin_memory=self.run.device.type == "cuda",
         )
-        return self.loop.epoch(
-            batches,
-            first_step=epoch * self.plan.steps,
-            on_log=lambda progress: self._log(epoch, progress),
-        )
+        try:
+            return self.loop.epoch(
+                batches,
+                first_step=epoch * self.plan.steps,
+                on_log=lambda progress: self._log(epoch, progress),
+            )
+        except CallError as error:
+            experiment = self.run.builder.experiment
+            raise module_error(experiment, self.assembly, error.module, str(error)) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise DataError(
+                f"stage '{stage.name}': BatchNorm cannot train on a single sample, which the last "
+                "batch of an epoch is; set data.drop_last or another data.batch_size"
+            ) from error
 
     def _end_epoch(self, epoch: int, summary: EpochSummary, lr: float) -> None:
         distributed.broadcast_from_main(list(self.student.buffers()))

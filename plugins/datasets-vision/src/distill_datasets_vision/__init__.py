@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distill import hookimpl
-
 from distill_datasets_vision.datasets import torchvision_datasets
 from distill_datasets_vision.digits import Digits
 from distill_datasets_vision.digits_models import DigitsStudent, DigitsTeacher

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distill import hookimpl
 from torch import nn
 
+from distill import hookimpl
 from distill_kd.kd import KDLoss
 
 __all__ = ["KDLoss", "distill_losses"]
