@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +27,9 @@ class Distiller(nn.Module):
         criterion: the weighted terms.
         captures: role -> submodule paths whose values references ask for.
         autocast: device type and reduced precision for models and auxiliary modules, or ``None``.
+
+    Attributes:
+        captures: the recording of each model from which something is captured, by role.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Distiller(nn.Module):
         self._models = {"student": student, **teachers}  # a plain dict: registered above already
         self._teachers = tuple(teachers)
         self.captures = {
-            role: Capture(model, captures.get(role, ())) for role, model in self._models.items()
+            role: Capture(self._models[role], paths) for role, paths in captures.items() if paths
         }
         for capture in self.captures.values():
             capture.enabled = False
@@ -57,27 +59,30 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the unweighted scalar of each term by name, and ``total``."""
-        values = self.values(batch)
-        if self._autocast:
-            values = to_float32(values)
-        losses: dict[str, torch.Tensor] = self.criterion(values)
+        losses: dict[str, torch.Tensor] = self.criterion(self.values(batch))
         return losses
 
     def values(self, batch: Batch) -> Values:
-        """Return everything the batch, the models and the auxiliary modules give, by name."""
+        """Return what batch, models and auxiliary modules give, by name, in float32 for losses."""
+        if self._autocast is None:
+            return self._values(batch)
+        device_type, dtype = self._autocast
+        with torch.autocast(device_type, dtype):
+            return to_float32(self._values(batch))  # type: ignore[no-any-return]
+
+    def _values(self, batch: Batch) -> Values:
         values: Values = {
             "inputs": batch.inputs,
             "targets": batch.targets,
             "index": batch.index,
             "extras": batch.extras,
         }
-        with self._precision():
-            with torch.no_grad():
-                for role in self._teachers:
-                    self._run(values, role, batch)
-            self._run(values, "student", batch)
-            for call in self._calls:
-                values[call.name] = call(values)
+        with torch.no_grad():
+            for role in self._teachers:
+                self._run(values, role, batch)
+        self._run(values, "student", batch)
+        for call in self._calls:
+            values[call.name] = call(values)
         return values
 
     def train(self, mode: bool = True) -> Distiller:
@@ -98,7 +103,9 @@ class Distiller(nn.Module):
 
     def run_model(self, role: str, inputs: Any) -> Any:
         """Call one model with its capture recording, which at other times lets forwards pass."""
-        capture = self.captures[role]
+        capture = self.captures.get(role)
+        if capture is None:
+            return self._models[role](inputs)
         capture.clear()  # what a step that failed may have left
         capture.enabled = True
         try:
@@ -108,14 +115,9 @@ class Distiller(nn.Module):
 
     def _run(self, values: Values, role: str, batch: Batch) -> None:
         values[role] = self.run_model(role, batch.inputs)
-        for path, value in self.captures[role].pop().items():
-            values[value_name(role, path)] = value
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self._autocast is None:
-            return nullcontext()
-        device_type, dtype = self._autocast
-        return torch.autocast(device_type, dtype)
+        if role in self.captures:
+            for path, value in self.captures[role].pop().items():
+                values[value_name(role, path)] = value
 
 
 def value_name(role: str, path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 
@@ -70,10 +70,14 @@ class Loop:
             NumericalError: if a mean loss is not finite.
         """
         self.module.train()
+        base = randomness.derive(self.seed, "step", self.stage, distributed.rank())
         meter, totals, step = Meter(), _Totals(), first_step
         started = last = monotonic()
         for number, batch in enumerate(batches, start=1):
-            self._step(batch.to(self.device, non_blocking=True), step, meter)
+            if self.device.type != "cpu":  # where it is already
+                batch = batch.to(self.device, non_blocking=True)
+            randomness.seed_step(base, step, self.device)
+            self._step(batch, meter)
             step += 1
             if number % self.log_every == 0:
                 losses, samples = self._read(meter, totals, step)
@@ -83,13 +87,17 @@ class Loop:
         self._read(meter, totals, step)
         return EpochSummary(totals.means(), totals.samples, monotonic() - started)
 
-    def _step(self, batch: Batch, step: int, meter: Meter) -> None:
-        randomness.seed_step(self.seed, self.stage, step, distributed.rank(), self.device)
-        with nullcontext() if batch.share else uncounted():
-            losses: dict[str, torch.Tensor] = self.module(batch)
+    def _step(self, batch: Batch, meter: Meter) -> None:
+        losses = self._losses(batch)
         total = losses[TOTAL]
         self.optimization.step(total if batch.share == 1.0 else total * batch.share)
         meter.add(losses, len(batch) if batch.share else 0)
+
+    def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        if batch.share:
+            return self.module(batch)  # type: ignore[no-any-return]
+        with uncounted():
+            return self.module(batch)  # type: ignore[no-any-return]
 
     def _read(self, meter: Meter, totals: _Totals, step: int) -> tuple[dict[str, float], float]:
         losses, samples = meter.read()

@@ -55,7 +55,8 @@ class Meter:
         if not self._losses:
             return {}, 0.0
         names = list(self._losses[0][0])
-        rows = torch.stack([torch.stack([step[n] for n in names]) for step, _ in self._losses])
+        rows = torch.stack([step[name] for step, _ in self._losses for name in names])
+        rows = rows.view(len(self._losses), len(names))
         weights = torch.tensor([w for _, w in self._losses], dtype=torch.float64)
         self._losses = []
         sums = (rows.cpu().double() * weights.unsqueeze(1)).sum(0)

@@ -20,7 +20,7 @@ from distill.data.loader import Source, sample_batch
 from distill.errors import DataError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.distiller import Distiller, value_name
-from distill.model.wiring import CallError, Values, describe, first_line, to_float32
+from distill.model.wiring import CallError, Values, describe, first_line
 from distill.training.loop import buffers_kept
 from distill.training.stage import Assembly, module_error
 
@@ -60,7 +60,7 @@ def rehearse(
             values = distiller.values(batch)
             _check_classes(experiment, assembly, source, values)
             with _broadcasting_refused():
-                losses = distiller.criterion.terms(to_float32(values))
+                losses = distiller.criterion.terms(values)
         except CallError as error:
             raise module_error(experiment, assembly, error.module, str(error)) from error
     for name, module in assembly.terms.items():
@@ -109,7 +109,6 @@ def _run_alone(
         with torch.no_grad():
             distiller.run_model(role, batch.inputs)
         copied = _copy_overwritten(distiller, role)
-        distiller.captures[role].check_complete()
     except CaptureError as error:
         place, text = _reference_to(stage, value_name(role, error.path))
         raise experiment.error(place, f"'{text}': {error}") from error
@@ -135,10 +134,17 @@ def _reference_to(stage: Stage, name: str) -> tuple[ConfigPath, str]:
 
 
 def _copy_overwritten(distiller: Distiller, role: str) -> list[str]:
-    """Have those values copied that the model has overwritten since they were captured."""
-    capture = distiller.captures[role]
+    """Have those values copied that the model has overwritten since they were captured.
+
+    Raises:
+        CaptureError: if something to capture did not run.
+    """
+    capture = distiller.captures.get(role)
+    if capture is None:
+        return []
     overwritten = capture.overwritten()
     capture.cloned.update(overwritten)
+    capture.check_complete()
     return [value_name(role, path) for path in overwritten]
 
 

@@ -54,7 +54,8 @@ class KDLoss(nn.Module):
             writes it: larger by the entropy of the teacher, with the same gradient.
 
     Shape:
-        - student, teacher: logits (B, K) or (B, K, H, W, ...); classes stand in dimension 1.
+        - student, teacher: logits (B, K) or (B, K, H, W, ...); classes stand in dimension 1. The
+          teacher may exclude a class by ``-inf``; the student by a low number such as ``-1e4``.
         - targets: class indices (B) or (B, H, W, ...) of any integer type, or class probabilities
           of the shape of the logits and a floating-point type; or ``None``.
         - returns: scalar, computed in float32, or in float64 if one of the logits is. Only the
@@ -126,40 +127,48 @@ class KDLoss(nn.Module):
         dtype = torch.promote_types(student.dtype, teacher.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
-        loss = self.beta * self.temperature**2 * self._soft(student, teacher)
-        if targets is not None and self.alpha > 0:
-            loss = loss + self.alpha * self._hard(student, targets)
-        return loss
+        soft = self._soft_sum(student, teacher)
+        # Factors are put together before they meet a tensor: each such meeting costs a kernel.
+        weight = self.beta * self.temperature**2 / self._soft_count(student)
+        if targets is None or self.alpha == 0:
+            return soft * weight
+        count = self._hard_count(student, targets)
+        hard = self._hard_sum(student, targets) * (self.alpha / count)
+        return torch.add(hard, soft, alpha=weight)
 
-    def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the divergence of the softened classes, without T^2 and without beta."""
+    def _soft_sum(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the summed divergence of the softened classes, without T^2 and without beta."""
         log_student = F.log_softmax(student / self.temperature, dim=1)
         log_teacher = F.log_softmax(teacher / self.temperature, dim=1)
-        probability = log_teacher.exp()
-        excess = log_teacher - log_student if self.soft_term == "kl" else -log_student
-        # 0 log 0 is 0, but in floating point 0 * inf is NaN.
-        total = (probability * excess.masked_fill(probability == 0, 0)).sum()
-        if self.reduction == "sum":
-            return total
-        return total / (len(student) if self.reduction == "batchmean" else student.numel())
+        # A class that the teacher excludes has -inf, and 0 * inf would be NaN.
+        log_teacher = log_teacher.clamp(min=torch.finfo(teacher.dtype).min)
+        if self.soft_term == "kl":
+            return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+        return -(log_teacher.exp() * log_student).sum()
 
-    def _hard(self, student: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross entropy with the labels, without alpha."""
+    def _soft_count(self, student: Tensor) -> int:
+        if self.reduction == "sum":
+            return 1
+        return len(student) if self.reduction == "batchmean" else student.numel()
+
+    def _hard_sum(self, student: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross entropy with the labels, without alpha."""
         _check_targets(student, targets)
-        soft = targets.is_floating_point()
-        total = F.cross_entropy(
+        return F.cross_entropy(
             student,
-            targets.to(student.dtype if soft else torch.int64),
+            targets.to(student.dtype if targets.is_floating_point() else torch.int64),
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )
+
+    def _hard_count(self, student: Tensor, targets: Tensor) -> Tensor | int:
         if self.reduction == "sum":
-            return total
-        if soft:
-            return total / (student.numel() // student.shape[1])
+            return 1
+        if targets.is_floating_point():
+            return student.numel() // student.shape[1]
         # Not torch's own mean: that is NaN for a batch whose labels are all ignored.
-        return total / (targets != self.ignore_index).sum().clamp(min=1)
+        return (targets != self.ignore_index).sum(dtype=student.dtype).clamp(min=1)
 
     def extra_repr(self) -> str:
         """Return the parameters as ``print(loss)`` shows them."""
