@@ -32,8 +32,9 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run all tests; arguments behind -- go to pytest."""
-    _install(session, "pytest", "pip")
-    session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "2"})
+    _install(session, "pytest", "pytest-xdist", "pip")
+    # One thread a worker: the tests are many and small.
+    session.run("pytest", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -193,7 +193,8 @@ def test_losses_see_float32_under_autocast_and_models_run_reduced():
         captures={"student": ["body.0"], "teacher": ["body.0"]},
         autocast=("cpu", torch.bfloat16),
     )
-    assert module.values(batch())["student.body.0"].dtype == torch.bfloat16
+    value = module.values(batch())["student.body.0"]
+    assert torch.equal(value, value.bfloat16().float())  # rounded: it came from a reduced model
     loss = module(batch())["total"]
     assert loss.dtype == torch.float32
     assert [value.dtype for value in spy.seen[:2]] == [torch.float32] * 2
