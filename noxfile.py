@@ -40,7 +40,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and types."""
-    _install(session, "ruff", "mypy", "types-PyYAML", "types-jsonschema", "pytest", "nox")
+    _install(session, "ruff", "mypy", "pytest", "nox")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", *(f"{project}/src" for project in PROJECTS), "benchmarks", "noxfile.py")

@@ -243,5 +243,9 @@ def test_models_of_one_type_and_seed_start_from_equal_weights(tmp_path):
 def test_models_run_in_the_precision_of_the_stage(tmp_path, precision, dtype):
     stages = Assembler(tmp_path, {"precision": precision})
     batch = Batch(torch.randn(2, 4), None, torch.arange(2))
-    values = stages.stage().distiller.values(batch)
-    assert values["student"].dtype == dtype
+    logits = stages.stage().distiller.values(batch)["student"]
+    assert logits.dtype == torch.float32  # as losses see them
+    assert torch.equal(logits, logits.to(dtype).float())
+    if dtype != torch.float32:
+        exact = Assembler(tmp_path, {}).stage().distiller.values(batch)["student"]
+        assert not torch.equal(logits, exact)
