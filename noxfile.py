@@ -85,4 +85,5 @@ def _try_alone(session: nox.Session, name: str, wheels: list[str]) -> None:
     records = {record["distribution"]: record for record in json.loads(str(listed))}
     if set(records) != {"distill-core", name} or any(r["error"] for r in records.values()):
         session.error(f"beside core, {name} is found as {records}")
-    session.log(f"{name} is found beside core alone, with {records[name]['components']}")
+    offered = {kind: len(names) for kind, names in records[name]["components"].items()}
+    session.log(f"{name} is found beside core alone, with {offered}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distill.config import resolve, schema
+from distill.config import inheritance, resolve, schema
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "experiment-file.md").read_text("utf-8")
@@ -40,8 +40,8 @@ def test_every_key_of_a_stage_is_documented() -> None:
 
 def test_documented_defaults_are_those_in_force() -> None:
     in_force = {
-        **resolve.STAGE_DEFAULTS,
-        **{f"data.{key}": value for key, value in resolve.DATA_DEFAULTS.items()},
+        **inheritance.STAGE_DEFAULTS,
+        **{f"data.{key}": value for key, value in inheritance.DATA_DEFAULTS.items()},
     }
     written = _section("Stages")
     for key, value in in_force.items():
@@ -50,7 +50,11 @@ def test_documented_defaults_are_those_in_force() -> None:
     whole = _section("The whole")
     for key, value in resolve.EXPERIMENT_DEFAULTS.items():
         assert _as_yaml(value) == whole[key], key
-    required = {*resolve.STAGE_REQUIRED, *(f"data.{k}" for k in resolve.DATA_REQUIRED), "name"}
+    required = {
+        *inheritance.STAGE_REQUIRED,
+        *(f"data.{k}" for k in inheritance.DATA_REQUIRED),
+        "name",
+    }
     assert {key for key, default in written.items() if default == "required"} == required - {"data"}
 
 

@@ -8,7 +8,8 @@ from distill import ConfigError, DataError, DistillError, NumericalError, Observ
 from distill.testing import ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.checkpoint import load_state, load_weights
-from distill.training.trainer import Best, SeedRun, train_stage
+from distill.training.seed_run import SeedRun
+from distill.training.trainer import Best, train_stage
 
 CPU = torch.device("cpu")
 REGRESSOR = {

@@ -27,8 +27,9 @@ from distill.training.build import Builder
 from distill.training.check import check as find_faults
 from distill.training.checkpoint import load_state
 from distill.training.rehearsal import rehearse
+from distill.training.seed_run import SeedRun, Tell, measure
 from distill.training.stage import roles_in_force
-from distill.training.trainer import SeedRun, Tell, measure, train_stage
+from distill.training.trainer import train_stage
 
 
 @dataclass(frozen=True)

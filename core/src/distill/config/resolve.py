@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -23,10 +23,16 @@ from distill.config.experiment import (
     Test,
     Wired,
 )
+from distill.config.inheritance import (
+    DATA_REQUIRED,
+    DEFAULT_METRICS,
+    STAGE_REQUIRED,
+    StageDraft,
+    inherit,
+)
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import Fault, did_you_mean
 
-DEFAULT_METRICS = ["accuracy"]
 DEFAULT_OBSERVERS = ["Console", "TensorBoard", "ResultFiles"]
 EXPERIMENT_DEFAULTS: dict[str, Any] = {
     "device": "auto",
@@ -34,37 +40,6 @@ EXPERIMENT_DEFAULTS: dict[str, Any] = {
     "test": None,
     "observers": DEFAULT_OBSERVERS,
 }
-STAGE_DEFAULTS: dict[str, Any] = {
-    "teachers": {},
-    "auxiliary": {},
-    "freeze": [],
-    "scheduler": None,
-    "precision": "fp32",
-    "metrics": DEFAULT_METRICS,
-    "keep": "last",
-    "sync_batchnorm": True,
-}
-DATA_DEFAULTS: dict[str, Any] = {"validate": None, "workers": 0, "drop_last": False}
-STAGE_REQUIRED: dict[str, Any] = {
-    "epochs": 1,
-    "data": {**DATA_DEFAULTS},
-    "student": {"model": ""},
-    "criterion": {},
-    "optimizer": {"type": ""},
-}
-"""What a stage must have, and what stands in for it while the rest of a faulty file is checked."""
-DATA_REQUIRED: dict[str, Any] = {"train": "", "batch_size": 1}
-
-
-@dataclass
-class _StageDraft:
-    """A stage's plain data after inheritance, and where each key was written."""
-
-    name: str
-    path: Path
-    values: dict[str, Any]
-    places: dict[str, Path]
-    origins: dict[str, str]
 
 
 @dataclass
@@ -113,10 +88,10 @@ def resolve(
     """
     resolver = _Resolver(document, given, gaps)
     data = {**EXPERIMENT_DEFAULTS, **given}
-    drafts = _inherit(resolver)
+    drafts = inherit(given["stages"])
     for draft in drafts:
         _fill_in(resolver, draft)
-    _check_stage_names(resolver)
+    _check_stages(resolver)
     stages = tuple(_stage(resolver, draft) for draft in drafts)
     test = _test(resolver, data["test"])
     seeds = _seeds(resolver)
@@ -141,52 +116,7 @@ def resolve(
     return experiment, resolver.faults
 
 
-def _inherit(resolver: _Resolver) -> list[_StageDraft]:
-    """Fill into each stage what it leaves out from the stage before; null clears."""
-    drafts: list[_StageDraft] = []
-    before = _StageDraft("", (), dict(STAGE_DEFAULTS), {}, {})
-    for number, given in enumerate(resolver.data["stages"]):
-        path: Path = ("stages", number)
-        written, places = _slots(resolver, path, given)
-        if before.values.get("data") and "data" in written:
-            written["data"] = {**before.values["data"], **written["data"]}
-        elif "data" in written:
-            written["data"] = {**DATA_DEFAULTS, **written["data"]}
-        cleared = {k: STAGE_DEFAULTS[k] for k, v in written.items() if v is None}
-        draft = _StageDraft(
-            given["name"],
-            path,
-            {**before.values, **written, **cleared},
-            {**before.places, **places},
-            {**before.origins, **dict.fromkeys(written, given["name"])},
-        )
-        drafts.append(draft)
-        before = draft
-    return drafts
-
-
-def _slots(
-    resolver: _Resolver, path: Path, given: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Return a stage's own values and places, one teacher written as several."""
-    values = {k: v for k, v in given.items() if k != "name"}
-    places: dict[str, Path] = {key: (*path, key) for key in values}
-    for key in values.get("data") or {}:
-        places[f"data.{key}"] = (*path, "data", key)
-    if "teacher" in values:
-        if "teachers" in values:
-            resolver.fault((*path, "teachers"), "give either 'teacher' or 'teachers', not both")
-        one = values.pop("teacher")
-        values["teachers"] = {reference.TEACHER: one} if one else {}
-        places["teachers"] = places.pop("teacher")
-        places["teachers.teacher"] = places["teachers"]
-    elif values.get("teachers"):
-        base = places["teachers"]
-        places.update({f"teachers.{role}": (*base, role) for role in values["teachers"]})
-    return values, places
-
-
-def _fill_in(resolver: _Resolver, draft: _StageDraft) -> None:
+def _fill_in(resolver: _Resolver, draft: StageDraft) -> None:
     """Fault what a stage must have and has not, once a file, and let something stand in for it."""
     values = draft.values
     missing = [key for key in STAGE_REQUIRED if key not in values]
@@ -202,21 +132,24 @@ def _fill_in(resolver: _Resolver, draft: _StageDraft) -> None:
         resolver.missing.add(key)
 
 
-def _is_gap(resolver: _Resolver, draft: _StageDraft, key: str) -> bool:
+def _is_gap(resolver: _Resolver, draft: StageDraft, key: str) -> bool:
     """Whether the stage, or one it inherits from, would have ``key`` but for a fault."""
     *around, last = key.split(".")
     earlier = range(int(draft.path[1]) + 1)
     return any(resolver.gaps.explain(("stages", n, *around), last) for n in earlier)
 
 
-def _check_stage_names(resolver: _Resolver) -> None:
+def _check_stages(resolver: _Resolver) -> None:
     names = [stage["name"] for stage in resolver.data["stages"]]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            resolver.fault(("stages", number, "name"), f"two stages are called '{name}'")
+    for number, stage in enumerate(resolver.data["stages"]):
+        path: Path = ("stages", number)
+        if stage["name"] in names[:number]:
+            resolver.fault((*path, "name"), f"two stages are called '{stage['name']}'")
+        if "teacher" in stage and "teachers" in stage:
+            resolver.fault((*path, "teachers"), "give either 'teacher' or 'teachers', not both")
 
 
-def _stage(resolver: _Resolver, draft: _StageDraft) -> Stage:
+def _stage(resolver: _Resolver, draft: StageDraft) -> Stage:
     values, places = draft.values, draft.places
     teachers = _teachers(resolver, draft)
     student = Student(values["student"]["model"], places["student"])
@@ -250,7 +183,7 @@ def _stage(resolver: _Resolver, draft: _StageDraft) -> Stage:
     return stage
 
 
-def _teachers(resolver: _Resolver, draft: _StageDraft) -> dict[str, Teacher]:
+def _teachers(resolver: _Resolver, draft: StageDraft) -> dict[str, Teacher]:
     teachers = {}
     base = draft.places.get("teachers", ())
     for role, given in draft.values["teachers"].items():
@@ -267,7 +200,7 @@ def _teachers(resolver: _Resolver, draft: _StageDraft) -> dict[str, Teacher]:
 
 
 def _check_roles(
-    resolver: _Resolver, draft: _StageDraft, teachers: Mapping[str, Teacher], student: Student
+    resolver: _Resolver, draft: StageDraft, teachers: Mapping[str, Teacher], student: Student
 ) -> None:
     for role, teacher in teachers.items():
         if role in reference.RESERVED:
@@ -283,7 +216,7 @@ def _check_roles(
             resolver.fault(path, f"'{name}' already names another value of this stage")
 
 
-def _data(resolver: _Resolver, draft: _StageDraft) -> Data:
+def _data(resolver: _Resolver, draft: StageDraft) -> Data:
     values = draft.values["data"]
     for key in ("train", "validate"):
         if values[key] is not None:
@@ -292,7 +225,7 @@ def _data(resolver: _Resolver, draft: _StageDraft) -> Data:
     return Data(**values, path=draft.places["data"])
 
 
-def _auxiliary(resolver: _Resolver, draft: _StageDraft) -> dict[str, Auxiliary]:
+def _auxiliary(resolver: _Resolver, draft: StageDraft) -> dict[str, Auxiliary]:
     """Build the auxiliary modules in an order in which each one's inputs exist."""
     base = draft.places.get("auxiliary", ())
     modules = {
@@ -311,7 +244,7 @@ def _auxiliary(resolver: _Resolver, draft: _StageDraft) -> dict[str, Auxiliary]:
         return modules
 
 
-def _criterion(resolver: _Resolver, draft: _StageDraft) -> dict[str, Term]:
+def _criterion(resolver: _Resolver, draft: StageDraft) -> dict[str, Term]:
     base = draft.places["criterion"]
     return {
         name: Term(
@@ -333,7 +266,7 @@ def _inputs(
     return {key: value for key, value in parsed.items() if value is not None}
 
 
-def _check_owners(resolver: _Resolver, draft: _StageDraft, stage: Stage) -> None:
+def _check_owners(resolver: _Resolver, draft: StageDraft, stage: Stage) -> None:
     """Fault references to models and modules that this stage does not have."""
     owners = list(dict.fromkeys([*reference.RESERVED, *stage.teachers, *stage.auxiliary]))
     parts: list[Wired] = [*stage.auxiliary.values(), *stage.criterion.values()]
@@ -345,7 +278,7 @@ def _check_owners(resolver: _Resolver, draft: _StageDraft, stage: Stage) -> None
                 resolver.fault((*part.component.path, "inputs", key), where + hint)
 
 
-def _is_lost(resolver: _Resolver, draft: _StageDraft, owner: str) -> bool:
+def _is_lost(resolver: _Resolver, draft: StageDraft, owner: str) -> bool:
     """Whether a fault hides what the stage calls ``owner``."""
     sections = ("teacher", "teachers", "auxiliary")
     places = [*sections, f"teachers.{owner}", f"auxiliary.{owner}"]
@@ -394,9 +327,3 @@ def _component(given: Mapping[str, Any] | str, path: Path) -> Component:
     if isinstance(given, str):
         return Component(given, {}, path)
     return Component(given["type"], given.get("params", {}), path)
-
-
-def with_seed(experiment: Experiment, seed: int) -> Experiment:
-    """Return the same experiment for one seed alone."""
-    resolved = {**experiment.resolved, "seeds": [seed]}
-    return replace(experiment, seeds=(seed,), resolved=resolved)

@@ -18,9 +18,6 @@ from distill.registry import SINGULAR, Registry
 from distill.signature import Problem, bind
 from distill.training.checkpoint import load_weights
 
-PARAMETER_BUILT_FOR_CHECK = 1
-"""Size of the parameter optimizers are tried on while a file is checked."""
-
 
 class Builder:
     """Builds what an experiment describes.
