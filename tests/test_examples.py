@@ -16,14 +16,28 @@ import pytest
 import distill
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted(ROOT.glob("plugins/*/examples/*.yaml"))
+EXAMPLES = sorted([*ROOT.glob("core/examples/*.yaml"), *ROOT.glob("plugins/*/examples/*.yaml")])
 DATA = Path(os.environ.get("DISTILL_DATA", ROOT.parent / "shared" / "data"))
 PER_CLASS = 12
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_has_no_faults(file: Path) -> None:
-    distill.check(distill.load(file))
+    beside = [code for code in [file.with_suffix(".py")] if code.exists()]
+    distill.check(distill.load(file), distill.plugins(beside))
+
+
+def test_core_s_example_runs_with_core_and_a_local_file(tmp_path: Path) -> None:
+    file = ROOT / "core/examples/moons.yaml"
+    _distill(tmp_path, "run", str(file), "-p", str(file.with_suffix(".py")))
+    results = json.loads((tmp_path / "runs/moons/results.json").read_text())
+    assert results[-1]["validation"]["accuracy"] > 0.8
+
+
+def test_the_digits_are_learned_with_augmentation(tmp_path: Path) -> None:
+    _distill(tmp_path, "run", str(ROOT / "plugins/datasets-vision/examples/digits.yaml"))
+    results = json.loads((tmp_path / "runs/digits/results.json").read_text())
+    assert results[-1]["test"]["accuracy"] > 0.9
 
 
 def test_the_demo_s_student_gains_from_its_teacher(tmp_path: Path) -> None:
