@@ -38,7 +38,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+        )
         self.head = nn.Linear(width, 2)
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:

@@ -67,33 +67,30 @@ def test_a_teacher_that_only_answers_is_unchanged():
     teacher = ToyConvNet().eval()
     check = watch(teacher)
     teacher(torch.randn(2, 1, 4, 4))
-    check.check()
+    assert check.changed() == []
 
 
 def test_a_teacher_that_counts_its_forwards_is_noticed():
     teacher = Counting().eval()
     check = watch(teacher)
     teacher(torch.randn(2, 4))
-    with pytest.raises(DistillError, match="the frozen teacher 'teacher' has changed"):
-        check.check()
+    assert check.changed() == ["teacher"]
 
 
 def test_a_parameter_changed_behind_autograds_back_is_noticed():
     teacher = ToyMLP()
     check = watch(teacher)
     teacher.head.bias.data[1] += 1e-6
-    with pytest.raises(DistillError, match="has changed"):
-        check.check()
+    assert check.changed() == ["teacher"]
 
 
 def test_running_statistics_may_change_in_train_mode_and_weights_may_not():
     teacher = ToyConvNet().train()
     check = watch(teacher, "train")
     teacher(torch.randn(2, 1, 4, 4))
-    check.check()
+    assert check.changed() == []
     teacher.conv.weight.data.mul_(2)
-    with pytest.raises(DistillError, match="has changed"):
-        check.check()
+    assert check.changed() == ["teacher"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float64])
@@ -101,7 +98,6 @@ def test_buffers_of_any_type_are_watched(dtype):
     teacher = nn.Module()
     teacher.register_buffer("state", torch.zeros((), dtype=dtype))
     check = watch(teacher)
-    check.check()
+    assert check.changed() == []
     teacher.state.fill_(1)
-    with pytest.raises(DistillError, match="has changed"):
-        check.check()
+    assert check.changed() == ["teacher"]

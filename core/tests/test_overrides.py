@@ -53,3 +53,14 @@ def test_data_is_left_to_inherit_key_by_key() -> None:
 def test_a_stage_that_does_not_exist_is_still_an_error() -> None:
     with pytest.raises(ConfigError, match="did you mean three"):
         override_experiment(parse(TEXT), ["stages.tree.optimizer.params.lr=0.5"])
+
+
+def test_a_later_override_builds_on_an_earlier_one_that_it_inherits() -> None:
+    assignments = ["stages.one.optimizer.params.lr=0.5", "stages.two.optimizer.params.momentum=0"]
+    changed = override_experiment(parse(TEXT), assignments)
+    assert changed.data["stages"][1]["optimizer"]["params"] == {"lr": 0.5, "momentum": 0}
+
+
+def test_seeds_take_the_place_of_a_seed_and_the_other_way_round() -> None:
+    assert "seed" not in override_experiment(parse("seed: 1"), ["seeds=[1, 2]"]).data
+    assert "seeds" not in override_experiment(parse("seeds: [1, 2]"), ["seed=3"]).data

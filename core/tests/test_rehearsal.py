@@ -229,7 +229,7 @@ def test_a_failure_without_a_word_is_told_by_its_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"), [("unused", "did not run"), ("twice", "runs more than once")]
+    ("layer", "reason"), [("unused", "did not run"), ("twice", "ran again before")]
 )
 def test_a_layer_that_cannot_be_captured_is_told_where_it_is_asked_for(tmp_path, layer, reason):
     hint = {"type": "MSELoss", "inputs": {"input": f"student.{layer}", "target": "student.body"}}

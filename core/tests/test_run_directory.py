@@ -64,8 +64,8 @@ def test_what_is_said_otherwise_but_means_the_same_may_go_on(tmp_path, experimen
 def test_another_version_of_the_file_is_refused_naming_the_keys(
     tmp_path, experiment, override, named
 ):
-    with open_run(tmp_path, experiment()) as directory:
-        before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    directory = start(tmp_path, experiment())
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
     with pytest.raises(ConfigError) as caught, open_run(tmp_path, experiment(override)):
         pass
     assert f"\n  {named}" in str(caught.value)
@@ -74,8 +74,7 @@ def test_another_version_of_the_file_is_refused_naming_the_keys(
 
 
 def test_the_fault_of_a_changed_file_stands_at_its_name(tmp_path, experiment):
-    with open_run(tmp_path, experiment()):
-        pass
+    start(tmp_path, experiment())
     with pytest.raises(ConfigError) as caught, open_run(tmp_path, experiment("log_every=6")):
         pass
     (fault,) = caught.value.faults
@@ -83,8 +82,7 @@ def test_the_fault_of_a_changed_file_stands_at_its_name(tmp_path, experiment):
 
 
 def test_every_key_that_differs_is_named(tmp_path, experiment):
-    with open_run(tmp_path, experiment()):
-        pass
+    start(tmp_path, experiment())
     changed = experiment("log_every=6", "stages.teach.epochs=7")
     with pytest.raises(ConfigError) as caught, open_run(tmp_path, changed):
         pass
@@ -150,8 +148,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path, experiment)
 
 
 def test_a_damaged_resolved_file_is_an_error_in_words(tmp_path, experiment):
-    with open_run(tmp_path, experiment()) as directory:
-        pass
+    directory = start(tmp_path, experiment())
     (directory / RESOLVED).write_text("name: [")
     with pytest.raises(StorageError, match=r"resolved\.yaml is damaged"):
         open_run(tmp_path, experiment()).__enter__()
@@ -161,3 +158,19 @@ def test_several_seeds_have_folders_of_their_own(tmp_path, experiment, experimen
     assert seed_directory(tmp_path, experiment(), 3) == tmp_path
     (tmp_path / "exp.yaml").write_text(experiment_text.replace("seed: 3", "seeds: [3, 4]"))
     assert seed_directory(tmp_path, experiment(), 4) == tmp_path / "seed-4"
+
+
+def start(folder, experiment):
+    """Open a run and leave a checkpoint, as after its first epoch."""
+    with open_run(folder, experiment) as directory:
+        (directory / "checkpoint.pt").touch()
+    return directory
+
+
+def test_an_attempt_that_failed_before_its_first_checkpoint_does_not_block_its_name(
+    tmp_path, experiment
+):
+    with open_run(tmp_path, experiment()):
+        pass
+    with open_run(tmp_path, experiment("log_every=6")) as directory:
+        assert "log_every: 6" in (directory / RESOLVED).read_text()

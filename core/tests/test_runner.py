@@ -432,3 +432,37 @@ def run_file(file, runs):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_file(*map(Path, sys.argv[1:]))
+
+
+def test_data_to_measure_on_is_rehearsed_before_anything_trains(tmp_path):
+    datasets = {
+        "train": {"type": "ToyData", "params": {"size": 20}},
+        "val": {"type": "ToyData", "params": {"size": 12}},
+        "five": {"type": "ToyData", "params": {"size": 10, "classes": 5}},
+    }
+    experiment = toy_experiment(tmp_path, {}, datasets=datasets, test={"dataset": "five"})
+    with pytest.raises(DataError, match="'mlp' has 3 outputs, but data set 'five' has 5 classes"):
+        run(experiment, registry=toy_registry(), runs=tmp_path)
+    assert not (tmp_path / "toy" / "checkpoint.pt").exists()
+
+
+def test_the_resolved_file_gives_the_same_run_with_modules_that_are_carried_on(tmp_path):
+    hint = {
+        "teacher": {"model": "wide"},
+        "auxiliary": {
+            "regressor": {
+                "type": "Linear",
+                "params": {"in_features": 8, "out_features": 12},
+                "inputs": {"input": "student.body"},
+            }
+        },
+        "criterion": {
+            "hint": {"type": "MSELoss", "inputs": {"input": "regressor", "target": "teacher.body"}}
+        },
+    }
+    experiment = toy_experiment(tmp_path, hint, {"name": "longer"})
+    given = run(experiment, registry=toy_registry(), runs=tmp_path / "given")
+    again = load(given.directory / "resolved.yaml")
+    resolved = run(again, registry=toy_registry(), runs=tmp_path / "resolved")
+    files = [result.directory / "longer/last.safetensors" for result in (given, resolved)]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -39,13 +39,23 @@ class _Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":  # torch's, known without importing it
+            rank = os.environ.get("RANK", "0")
+            if rank != "0" and _is_lost_contact(error):
+                click.echo(f"process {rank}: lost contact with the other processes", err=True)
+            elif type(error).__name__ == "OutOfMemoryError":  # torch's, known without importing it
                 text = str(error).split(". ")[0]
                 click.echo(f"error: {text}; a smaller data.batch_size needs less", err=True)
             else:
                 traceback.print_exc()
                 click.echo("this is a bug of distill or of a plugin; please report it", err=True)
             ctx.exit(BUG)
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    """Whether a collective failed because another process, which says why, has ended."""
+    text = str(error)
+    signs = ("Connection closed", "Connection reset", "gloo", "NCCL", "TCPStore", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def _print_error(error: DistillError) -> None:

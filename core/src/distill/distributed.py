@@ -55,7 +55,7 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if available else "cpu"
     if name.startswith("cuda") and not available:
-        raise DistillError(f"device: {name} was asked for, but torch sees no GPU here; use cpu")
+        raise DistillError(f"{name} was asked for, but torch sees no GPU here; use cpu")
     if name == "cuda":
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
     chosen = torch.device(name)

@@ -69,7 +69,7 @@ def _load_file(file: Path) -> tuple[PluginRecord, list[Entry]]:
     if not file.is_file():
         raise PluginError(f"-p {file}: there is no such file")
     name = f"distill_local_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(name, file.resolve())
     if spec is None or spec.loader is None:
         raise PluginError(f"-p {file}: is not a Python file (*.py)")
     module = importlib.util.module_from_spec(spec)
@@ -141,5 +141,5 @@ def _cause(error: BaseException, file: Path | None = None) -> str:
     if isinstance(error, SyntaxError) or file is None:
         return text
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+    lines = [frame.lineno for frame in frames if frame.filename == str(file.resolve())]
     return f"{text} (line {lines[-1]})" if lines else text

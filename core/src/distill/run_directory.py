@@ -81,7 +81,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _claim(directory: Path, experiment: Experiment) -> None:
     resolved = directory / RESOLVED
-    if resolved.exists():
+    # Without a checkpoint nothing is there to be lost: a first attempt failed before its first one.
+    if resolved.exists() and any(directory.rglob("checkpoint.pt")):
         before = _read(resolved)
         changes = list(_changes(before, _plain(experiment.resolved), ""))
         if changes:

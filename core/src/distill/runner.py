@@ -16,7 +16,7 @@ from distill import distributed
 from distill.config.experiment import Experiment
 from distill.data.loader import Source
 from distill.environment import describe_environment
-from distill.errors import ConfigError, UsageError, did_you_mean
+from distill.errors import ConfigError, DistillError, UsageError, did_you_mean
 from distill.observer import Observer, Position, RunEnd, RunStart, StageResult
 from distill.plugins import plugins
 from distill.registry import Registry
@@ -26,7 +26,7 @@ from distill.trained import Choice, find_stage, trained_model
 from distill.training.build import Builder
 from distill.training.check import check as find_faults
 from distill.training.checkpoint import load_state
-from distill.training.rehearsal import rehearse
+from distill.training.rehearsal import rehearse, rehearse_measuring
 from distill.training.seed_run import SeedRun, Tell, measure
 from distill.training.stage import roles_in_force
 from distill.training.trainer import train_stage
@@ -74,7 +74,7 @@ def check(experiment: Experiment, registry: Registry | None = None, *, data: boo
         raise ConfigError(faults)
     if data:
         builder = Builder(experiment, registry)
-        device = distributed.device(experiment.device)
+        device = _device(experiment)
         rehearse_all(builder, open_sources(builder), device)
 
 
@@ -97,7 +97,7 @@ def run(
     registry = registry or plugins()
     check(experiment, registry)
     builder = Builder(experiment, registry)
-    device = distributed.device(experiment.device)
+    device = _device(experiment)
     with distributed.process_group(device), open_run(Path(runs), experiment) as directory:
         states = _saved_states(experiment, directory)
         sources: dict[str, Source] = {}
@@ -139,12 +139,19 @@ def evaluate(
         hint = did_you_mean(dataset or "", known) or f" (there are: {', '.join(known)})"
         raise UsageError(f"{asked} {experiment.document.file}{hint}")
     builder = Builder(experiment, registry)
-    device = distributed.device(experiment.device)
+    device = _device(experiment)
     seed = experiment.seeds[0]
     source = {dataset: builder.source(dataset)}
     run = SeedRun(builder, seed, device, Path(), _tell_nobody, {}, source)
     metrics = run.metrics(experiment.test.metrics if experiment.test else chosen.metrics)
     return dataset, measure(run, chosen, model.to(device), dataset, metrics)
+
+
+def _device(experiment: Experiment) -> torch.device:
+    try:
+        return distributed.device(experiment.device)
+    except DistillError as error:
+        raise experiment.error(("device",), str(error)) from error
 
 
 def open_sources(builder: Builder) -> dict[str, Source]:
@@ -163,6 +170,14 @@ def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.
         assembly = run.assemble(stage)
         with roles_in_force(assembly):
             rehearse(builder.experiment, assembly, sources[stage.data.train], seed, device)
+            test = builder.experiment.test
+            for name, roles in (
+                (stage.data.validate, list(assembly.roles)),
+                (test.dataset if test else None, ["student"]),
+            ):
+                if name is not None:
+                    source = sources[name]
+                    rehearse_measuring(builder.experiment, assembly, source, seed, device, roles)
 
 
 def _run_seed(

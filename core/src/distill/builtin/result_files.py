@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def _is_before(event: RunStart, line: Mapping[str, Any]) -> bool:
 
 def _read_sessions(directory: Path) -> list[dict[str, Any]]:
     file = directory / ENVIRONMENT
-    return json.loads(file.read_text("utf-8")) if file.exists() else []
+    try:
+        return list(json.loads(file.read_text("utf-8"))) if file.exists() else []
+    except ValueError:  # cut off by a kill: it holds nothing that results depend on
+        return []
 
 
 def _write_json(file: Path, content: Any) -> None:
@@ -132,7 +136,7 @@ def _report(start: RunStart, end: RunEnd, sessions: list[dict[str, Any]]) -> str
         f"# {start.name}",
         f"## Results\n\n{end.table}\n\nMeasured {end.measured_on}.",
         "## Training\n\n" + _code("\n".join(_command(session) for session in sessions)),
-        "## Evaluation\n\n" + _code(shlex.join(["distill", "eval", str(folder)])),
+        "## Evaluation\n\n" + _code(_evaluation(folder, environment["command"])),
         "## Trained students\n\nThe student alone, for `load_state_dict(strict=True)`:\n\n"
         + "\n".join(f"- `{file}`" for file in students),
         "## Dependencies\n\n" + _code("\n".join(f"{k}=={v}" for k, v in packages.items() if v)),
@@ -140,6 +144,13 @@ def _report(start: RunStart, end: RunEnd, sessions: list[dict[str, Any]]) -> str
         "## Experiment file\n\n" + _code(start.files["experiment.yaml"].rstrip(), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _evaluation(folder: Path, command: list[str]) -> str:
+    """Return the command that measures the last student, with the local plugins of the run."""
+    flags = ("-p", "--plugin")
+    files = [after for before, after in pairwise(command) if before in flags]
+    return shlex.join(["distill", "eval", str(folder), *(f"--plugin={file}" for file in files)])
 
 
 def _command(session: Mapping[str, Any]) -> str:

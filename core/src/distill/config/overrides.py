@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from distill.config.yaml_document import Document, Path, override
+from distill.errors import ConfigError, Fault
 
 _INSIDE_A_STAGE = re.compile(r"\s*stages[.\[](?P<stage>[^.\[\]=]+)\]?\.(?P<key>\w+)[.\[][^=]*=")
 
@@ -20,9 +21,23 @@ def override_experiment(document: Document, assignments: Sequence[str]) -> Docum
     Raises:
         ConfigError: with a fault for each assignment that addresses nothing or has a bad value.
     """
+    faults: list[Fault] = []
     for assignment in assignments:
-        document = _written_out(document, assignment)
-    return override(document, assignments)
+        try:
+            document = override(
+                _written_out(_one_seed_key(document, assignment), assignment), [assignment]
+            )
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return document
+
+
+def _one_seed_key(document: Document, assignment: str) -> Document:
+    """Drop ``seed`` where ``seeds`` is given in its place, and the other way round."""
+    other = {"seed": "seeds", "seeds": "seed"}.get(assignment.partition("=")[0].strip(), "")
+    return replace(document, data={k: v for k, v in document.data.items() if k != other})
 
 
 def _written_out(document: Document, assignment: str) -> Document:

@@ -108,12 +108,22 @@ def resolve(
         resolved={
             **{k: v for k, v in data.items() if not k.startswith("x-") and k != "seed"},
             "seeds": list(seeds),
-            "stages": [{"name": draft.name, **draft.values} for draft in drafts],
+            "stages": [_resolved_stage(draft) for draft in drafts],
         },
         document=document,
         gaps=resolver.gaps,
     )
     return experiment, resolver.faults
+
+
+def _resolved_stage(draft: StageDraft) -> dict[str, Any]:
+    """Return a stage with all filled in but modules it carries on: written, they were new."""
+    carried = {
+        key
+        for key in ("auxiliary", "criterion")
+        if draft.origins.get(key, draft.name) != draft.name
+    }
+    return {"name": draft.name, **{k: v for k, v in draft.values.items() if k not in carried}}
 
 
 def _fill_in(resolver: _Resolver, draft: StageDraft) -> None:

@@ -139,7 +139,9 @@ class Capture:
         if path in self._values:
             self.clear()
             raise CaptureError(
-                path, "runs more than once in a forward; capture a module around it instead"
+                path,
+                "ran again before it was popped; if it runs more than once in a forward, capture a "
+                "module around it",
             )
         if path in self.cloned:
             value = map_tensors(torch.Tensor.clone, value)

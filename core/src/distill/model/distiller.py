@@ -56,6 +56,9 @@ class Distiller(nn.Module):
             capture.enabled = False
         self._calls = tuple(auxiliary)
         self._autocast = autocast
+        self._is_reduced = autocast is not None or any(
+            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters()
+        )
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the unweighted scalar of each term by name, and ``total``."""
@@ -64,10 +67,10 @@ class Distiller(nn.Module):
 
     def values(self, batch: Batch) -> Values:
         """Return what batch, models and auxiliary modules give, by name, in float32 for losses."""
-        if self._autocast is None:
+        if not self._is_reduced:
             return self._values(batch)
-        device_type, dtype = self._autocast
-        with torch.autocast(device_type, dtype):
+        device_type, dtype = self._autocast or ("cpu", None)
+        with torch.autocast(device_type, dtype, enabled=self._autocast is not None):
             return to_float32(self._values(batch))  # type: ignore[no-any-return]
 
     def _values(self, batch: Batch) -> Values:

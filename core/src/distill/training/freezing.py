@@ -43,14 +43,9 @@ class Unchanged:
         self._modes = modes
         self._before = {role: self._fingerprint(role) for role in teachers}
 
-    def check(self) -> None:
-        """Raise if a teacher is not what it was."""
-        for role, before in self._before.items():
-            if self._fingerprint(role) != before:
-                raise DistillError(
-                    f"the frozen teacher '{role}' has changed while the student trained; a model "
-                    "that counts or adapts in its forward cannot teach in this mode"
-                )
+    def changed(self) -> list[str]:
+        """Return the teachers that are not what they were."""
+        return [role for role, before in self._before.items() if self._fingerprint(role) != before]
 
     def _fingerprint(self, role: str) -> str:
         teacher = self._teachers[role]

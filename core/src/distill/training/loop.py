@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,12 +141,15 @@ def distributed_over_ranks(
     if distributed.world_size() == 1:
         yield module
         return
-    wrapped: nn.Module = DistributedDataParallel(
-        module,
-        broadcast_buffers=False,
-        find_unused_parameters=leaves_unused,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # The new name of the argument is not known to the oldest torch that distill runs with.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        wrapped: nn.Module = DistributedDataParallel(
+            module,
+            broadcast_buffers=False,
+            find_unused_parameters=leaves_unused,
+            gradient_as_bucket_view=True,
+        )
     wrapped.train()
     with buffers_kept(module):
         for _ in range(2):

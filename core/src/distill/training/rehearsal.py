@@ -69,6 +69,25 @@ def rehearse(
     return Rehearsal(_leaves_unused(total, assembly.trainable()), tuple(copied))
 
 
+def rehearse_measuring(
+    experiment: Experiment,
+    assembly: Assembly,
+    source: Source,
+    seed: int,
+    device: torch.device,
+    roles: Iterable[str],
+) -> None:
+    """Run two samples of data to measure on through models, as ``rehearse`` does for training."""
+    distiller = assembly.distiller
+    assert distiller is not None
+    batch = sample_batch(source, 2, seed).to(device)
+    with _in_eval_mode(distiller), buffers_kept(distiller), torch.no_grad():
+        for role in roles:
+            _run_alone(experiment, assembly, source, role, batch)
+            output = distiller.run_model(role, batch.inputs)
+            _check_classes(experiment, assembly, source, {role: output})
+
+
 @contextmanager
 def _broadcasting_refused() -> Iterator[None]:
     """Make an error of torch's warning that a loss compares tensors of different shapes."""
@@ -155,7 +174,7 @@ def _check_classes(
     stage = assembly.stage
     if source.classes is None or "accuracy" not in [metric.type for metric in stage.metrics]:
         return
-    for role in assembly.roles:
+    for role in assembly.roles.keys() & values.keys():
         output = values[role]
         name = stage.student.model if role == "student" else stage.teachers[role].model
         if not isinstance(output, torch.Tensor) or output.dim() != 2:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed.nn.functional as collective
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -71,12 +70,29 @@ def _statistics(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     dims = [0, *range(2, inputs.dim())]
     weight = 1.0 if _COUNTED.get() else 0.0
     own = inputs.new_full((1,), inputs.numel() / inputs.shape[1])
-    sums = collective.all_reduce(torch.cat([inputs.sum(dims), own]) * weight)
+    sums = _summed(torch.cat([inputs.sum(dims), own]) * weight)
     mean, count = sums[:-1] / sums[-1], sums[-1].detach()
     shape = (1, -1) + (1,) * (inputs.dim() - 2)
     # Deviations from the common mean, in a second exchange: E[x²] - E[x]² would cancel.
     squares = (inputs - mean.view(shape)).square().sum(dims) * weight
-    return mean, collective.all_reduce(squares) / count, count
+    return mean, _summed(squares) / count, count
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over processes; each process's gradient is that of all processes' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return distributed.sum_over_ranks(values.clone(), values.device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return distributed.sum_over_ranks(gradient.clone(), gradient.device)
+
+
+def _summed(values: torch.Tensor) -> torch.Tensor:
+    total: torch.Tensor = _AllReduce.apply(values)
+    return total
 
 
 def _update_running(

@@ -151,7 +151,12 @@ class _Training:
         for epoch in range(self.first_epoch, self.stage.epochs):
             lr = self.loop.optimization.lr
             summary = self._epoch(epoch)
-            watch.check()
+            for role in watch.changed():
+                raise self.run.builder.experiment.error(
+                    self.stage.teachers[role].path,
+                    f"the frozen teacher '{role}' has changed while the student trained; a model "
+                    "that counts or adapts in its forward cannot teach in this mode",
+                )
             self._end_epoch(epoch, summary, lr)
 
     def _epoch(self, epoch: int) -> EpochSummary:
