@@ -59,6 +59,10 @@ def test_every_link_of_the_readme_leads_to_a_file() -> None:
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+    pages = [README, *((ROOT / target).read_text("utf-8") for target in targets)]
+    assert all(
+        page.strip() and not re.search(r"^[A-Z]+_TABLE$", page, re.MULTILINE) for page in pages
+    )
 
 
 def _run(folder: Path, command: list[str]) -> None:

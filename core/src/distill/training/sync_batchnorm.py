@@ -86,7 +86,7 @@ class _AllReduce(torch.autograd.Function):
         return distributed.sum_over_ranks(values.clone(), values.device)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return distributed.sum_over_ranks(gradient.clone(), gradient.device)
 
 
