@@ -124,9 +124,11 @@ class KDLoss(nn.Module):
         """Return the loss of a batch as a scalar; see the class for shapes."""
         _check_logits(student, teacher)
         # Half precision loses small probabilities, and T^2 then multiplies the error.
-        dtype = torch.promote_types(student.dtype, teacher.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
-        student, teacher = student.to(dtype), teacher.detach().to(dtype)
+        teacher = teacher.detach()
+        if not student.dtype == teacher.dtype == torch.float32:
+            dtype = torch.promote_types(student.dtype, teacher.dtype)
+            dtype = torch.promote_types(dtype, torch.float32)
+            student, teacher = student.to(dtype), teacher.to(dtype)
         soft = self._soft_sum(student, teacher)
         # Factors are put together before they meet a tensor: each such meeting costs a kernel.
         weight = self.beta * self.temperature**2 / self._soft_count(student)
