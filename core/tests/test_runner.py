@@ -198,10 +198,11 @@ def test_stages_run_one_after_another_and_leave_their_students(tmp_path):
 
 def test_a_student_is_given_back_in_its_plain_class(tmp_path):
     result = run(distillation(tmp_path), registry=registry(), runs=tmp_path / "runs")
-    student = result.student("kd")
-    saved = safetensors.torch.load_file(result.directory / "kd" / "last.safetensors")
-    for name, value in student.state_dict().items():
-        assert torch.equal(value, saved[name])
+    student = result.student("kd")  # by default what the stage kept, which is "best" here
+    for weights, given in (("best", student), ("last", result.student("kd", weights="last"))):
+        saved = safetensors.torch.load_file(result.directory / "kd" / f"{weights}.safetensors")
+        for name, value in given.state_dict().items():
+            assert torch.equal(value, saved[name])
     assert not student.relu._forward_hooks
     assert student.relu.inplace
     name, measured = evaluate(result.experiment, result.registry, student)

@@ -34,7 +34,10 @@ class _Group(click.Group):
             _print_error(error)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(
+                    "\nstopped; the same command goes on from the last epoch's end", err=True
+                )
             ctx.exit(RESUMABLE)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -173,9 +176,7 @@ def check(file: Path, overrides: Sequence[str], plugin_files: Sequence[Path], da
 @click.option(
     "--weights",
     type=click.Choice(["last", "best"]),
-    default="last",
-    show_default=True,
-    help="Which of the student's weights.",
+    help="Which of the student's weights.  [default: those the stage kept]",
 )
 def evaluate(
     source: Path,
@@ -185,7 +186,7 @@ def evaluate(
     stage: str | None,
     model: str,
     seed: int | None,
-    weights: str,
+    weights: str | None,
 ) -> None:
     """Measure a student or teacher of a run (a folder) or of an experiment file."""
     from distill.runner import evaluate as evaluate_model

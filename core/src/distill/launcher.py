@@ -8,8 +8,12 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+RESUMABLE = 75
+"""Exit code of a command that was stopped and that goes on when it is given again."""
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
@@ -32,6 +36,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "distill", *arguments)
+    except SignalException:  # Ctrl-C or a request to end; the processes were told too
+        return RESUMABLE
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return int(failure.exitcode) if failure.exitcode > 0 else 70

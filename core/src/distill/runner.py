@@ -48,7 +48,7 @@ class Result:
     table: str
 
     def student(
-        self, stage: str | None = None, seed: int | None = None, weights: str = "last"
+        self, stage: str | None = None, seed: int | None = None, weights: str | None = None
     ) -> nn.Module:
         """Return a trained student on the CPU: by default the last stage's, of the first seed."""
         choice = Choice("student", stage, seed, weights)

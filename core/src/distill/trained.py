@@ -23,13 +23,13 @@ class Choice:
         model: ``student``, a teacher's name in the stage, or a model's name in the file.
         stage: by default the last.
         seed: by default the first.
-        weights: ``last`` or ``best``, of what the run trained.
+        weights: ``last`` or ``best``, of what the run trained; by default what the stage kept.
     """
 
     model: str = "student"
     stage: str | None = None
     seed: int | None = None
-    weights: str = "last"
+    weights: str | None = None
 
 
 def find_stage(experiment: Experiment, name: str | None) -> Stage:
@@ -73,11 +73,12 @@ def trained_model(
         origin = experiment.models[name].checkpoint
         return model, f"model {name} ({origin or 'as the file builds it, not trained here'})"
     folder = seed_directory(directory, experiment, seed) / trained[-1].name
+    weights = choice.weights or trained[-1].keep
     try:
-        load_weights(model, folder / f"{choice.weights}.safetensors")
+        load_weights(model, folder / f"{weights}.safetensors")
     except ValueError as error:
         raise StorageError(f"the run has no weights of '{name}': {error}") from error
-    return model, f"model {name}, {choice.weights} of stage {trained[-1].name}, seed {seed}"
+    return model, f"model {name}, {weights} of stage {trained[-1].name}, seed {seed}"
 
 
 def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
