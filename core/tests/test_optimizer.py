@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from distill import ConfigError
+from distill import ConfigError, check
 from distill.testing import toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.optimizer import Optimization, build_optimization
@@ -79,6 +79,12 @@ def test_a_scheduler_that_watches_needs_something_to_watch(tmp_path):
 def test_a_scheduler_that_watches_accuracy_the_wrong_way_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="better when higher: mode: max"):
         build(tmp_path, [parameter()], scheduler={"type": "ReduceLROnPlateau"})
+
+
+def test_check_finds_a_scheduler_that_watches_the_wrong_way(tmp_path):
+    experiment = toy_experiment(tmp_path, {"scheduler": {"type": "ReduceLROnPlateau"}})
+    with pytest.raises(ConfigError, match="better when higher"):
+        check(experiment, toy_registry())
 
 
 def test_nothing_to_train_is_told_at_the_freezing(tmp_path):

@@ -12,6 +12,7 @@ from distill.config.experiment import Component, Experiment, Stage
 from distill.errors import ConfigError, Fault
 from distill.registry import Registry
 from distill.training.build import Builder
+from distill.training.optimizer import build_scheduler
 from distill.training.stage import Parts, assemble
 
 META = torch.device("meta")
@@ -71,7 +72,7 @@ class _Checker:
         if optimizer is None:
             self.faults += self.builder.faults("schedulers", stage.scheduler, provided=1)
         else:
-            self._attempt(self.builder.component, "schedulers", stage.scheduler, optimizer)
+            self._attempt(build_scheduler, self.builder, stage, optimizer)
 
     def _attempt(self, function: Callable[..., T], *args: Any) -> T | None:
         try:

@@ -80,13 +80,22 @@ def build_optimization(
         place = stage.places.get("freeze", stage.path)
         raise builder.experiment.error(place, "everything is frozen; nothing is left to train")
     optimizer = builder.component("optimizers", stage.optimizer, list(parameters))
-    scheduler = None
-    if stage.scheduler is not None:
-        scheduler = builder.component("schedulers", stage.scheduler, optimizer)
-        if _watches(scheduler):
-            _check_watching(builder, stage)
+    scheduler = build_scheduler(builder, stage, optimizer) if stage.scheduler else None
     scaler = torch.amp.GradScaler(device.type) if stage.precision == "fp16" else None
     return Optimization(optimizer, scheduler, scaler)
+
+
+def build_scheduler(builder: Builder, stage: Stage, optimizer: torch.optim.Optimizer) -> Any:
+    """Build the stage's scheduler.
+
+    Raises:
+        ConfigError: if it watches what is not measured, or in the wrong direction.
+    """
+    assert stage.scheduler is not None
+    scheduler = builder.component("schedulers", stage.scheduler, optimizer)
+    if _watches(scheduler):
+        _check_watching(builder, stage)
+    return scheduler
 
 
 def _watches(scheduler: Any) -> bool:
