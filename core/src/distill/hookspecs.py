@@ -45,8 +45,48 @@ def distill_datasets() -> Components:  # type: ignore[empty-body]
 
 
 @hookspec
+def distill_dataset_wrappers() -> Components:  # type: ignore[empty-body]
+    """What is put around a data set: ``(dataset, **params) -> Dataset``, items as above."""
+
+
+@hookspec
 def distill_transforms() -> Components:  # type: ignore[empty-body]
-    """Transforms of a sample's input: ``(**params) -> callable(input) -> input``."""
+    """Transforms: ``(**params) -> callable(input) -> input``.
+
+    As a joint transform it is called with input and target and returns both.
+    """
+
+
+@hookspec
+def distill_batch_transforms() -> Components:  # type: ignore[empty-body]
+    """Transforms of a whole batch: ``(**params) -> callable(inputs, targets) -> the same``.
+
+    What becomes of a sample may depend on it and on the sample before it (the last one is before
+    the first), and on what is drawn from torch: so a batch gives the same on however many
+    processes it is shared out. MixUp and CutMix of torchvision are made that way.
+    """
+
+
+@hookspec
+def distill_samplers() -> Components:  # type: ignore[empty-body]
+    """Samplers: ``(dataset, **params) -> Iterable[int]`` with a length.
+
+    torch is seeded for each epoch before one is iterated, alike on all processes, which then share
+    its batches out. An index that comes again in an epoch is transformed anew.
+    """
+
+
+@hookspec
+def distill_batch_samplers() -> Components:  # type: ignore[empty-body]
+    """Batch samplers: ``(dataset, batch_size, **params) -> Iterable[list[int]]`` with a length.
+
+    They give global batches; otherwise as samplers.
+    """
+
+
+@hookspec
+def distill_collates() -> Components:  # type: ignore[empty-body]
+    """Collate functions: ``(**params) -> callable(list[Sample]) -> Batch``."""
 
 
 @hookspec
@@ -60,7 +100,11 @@ def distill_models() -> Components:  # type: ignore[empty-body]
 
 @hookspec
 def distill_metrics() -> Components:  # type: ignore[empty-body]
-    """Metrics of an evaluation: ``(**params) -> Metric`` (update, state, merge, compute, reset)."""
+    """Metrics of an evaluation: ``(**params) -> Metric`` (update, state, merge, compute, reset).
+
+    ``higher_is_better`` says what is best, ``True`` unless given. A third parameter of ``update``,
+    called ``teachers``, is given the teachers' outputs by role.
+    """
 
 
 @hookspec
@@ -70,7 +114,7 @@ def distill_optimizers() -> Components:  # type: ignore[empty-body]
 
 @hookspec
 def distill_schedulers() -> Components:  # type: ignore[empty-body]
-    """Learning-rate schedulers, stepped once an epoch: ``(optimizer, **params) -> scheduler``."""
+    """Learning-rate schedulers, stepped each epoch or step: ``(optimizer, **params) -> scheduler``."""
 
 
 @hookspec

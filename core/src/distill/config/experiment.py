@@ -35,12 +35,26 @@ class Component:
     path: Path
 
 
+Unit = Literal["epochs", "steps"]
+"""What a schedule counts; a step is one update of the weights."""
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A data set and the transforms of its inputs, in order."""
+    """A data set, what is put around it, and how its samples become a batch.
+
+    Attributes:
+        wrappers: put around the data set, the first one inside.
+        joint_transforms: of input and target together, in order, before ``transforms``.
+        transforms: of the input, in order.
+        collate: samples to batch; ``None`` for torch's default.
+    """
 
     component: Component
+    wrappers: tuple[Component, ...]
+    joint_transforms: tuple[Component, ...]
     transforms: tuple[Component, ...]
+    collate: Component | None
 
 
 @dataclass(frozen=True)
@@ -84,22 +98,134 @@ class Auxiliary(Wired):
 
 
 @dataclass(frozen=True)
+class WeightSchedule:
+    """A term's weight over a stage; see ``distill.model.weight_schedule`` for its values.
+
+    Attributes:
+        start: weight before the ramp.
+        end: weight after it.
+        over: length of the ramp, 0 for none.
+        after: where the ramp begins.
+        stop: after so many epochs or steps the weight is 0; ``None`` for never.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    over: int = 0
+    after: int = 0
+    stop: int | None = None
+    shape: Literal["linear", "cosine"] = "linear"
+    unit: Unit = "epochs"
+
+
+@dataclass(frozen=True)
 class Term(Wired):
     """A loss with its weight in the total."""
 
-    weight: float
+    weight: float | WeightSchedule
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a stage trains and validates on; ``batch_size`` is the global one."""
+    """What a stage trains and validates on.
+
+    Attributes:
+        validate: data sets to measure on, the first one decides.
+        batch_size: samples a batch, over all processes.
+        accumulate: batches a step.
+        sampler: which samples in which order; ``None`` for a new permutation every epoch.
+        batch_sampler: which samples together, in place of ``sampler`` and ``batch_size``.
+        batch_transforms: of a batch's inputs and targets, e.g. MixUp.
+        prefetch: batches each worker prepares ahead.
+        pin_memory: ``None`` for wherever a GPU is used.
+        worker_timeout: seconds.
+    """
 
     train: str
-    validate: str | None
+    validate: tuple[str, ...]
     batch_size: int
-    workers: int
+    accumulate: int
     drop_last: bool
+    sampler: Component | None
+    batch_sampler: Component | None
+    batch_transforms: tuple[Component, ...]
+    workers: int
+    prefetch: int
+    pin_memory: bool | None
+    worker_timeout: float
+    on_bad_sample: Literal["raise", "skip"]
     path: Path
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with settings of their own.
+
+    Attributes:
+        match: modules, classes or name patterns, as in ``freeze``.
+        params: settings that differ from the optimizer's.
+    """
+
+    match: tuple[str, ...]
+    params: Mapping[str, Any]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer; ``no_decay`` says like ``match`` which parameters have no weight decay."""
+
+    component: Component
+    groups: tuple[Group, ...]
+    no_decay: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A scheduler in a row of them.
+
+    Attributes:
+        unit: stepped once each.
+        until: where in the stage the next one takes over; ``None`` for the stage's end.
+        watch: metric it is stepped with if it wants one; ``None`` for the one that decides.
+    """
+
+    component: Component
+    unit: Unit
+    until: int | None
+    watch: str | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Bounds of the gradient: of its norm over all parameters, and of each element."""
+
+    norm: float | None
+    value: float | None
+
+
+@dataclass(frozen=True)
+class EMA:
+    """An exponential moving average of the student, with a smaller decay at first if ``warmup``."""
+
+    decay: float
+    warmup: bool
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How often a stage measures; its end is always measured."""
+
+    every: int
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and the name it is reported under."""
+
+    component: Component
+    name: str
 
 
 @dataclass(frozen=True)
@@ -107,6 +233,8 @@ class Stage:
     """One stage with everything it inherited filled in.
 
     Attributes:
+        compile: roles whose model is compiled.
+        best_by: the metric that decides; ``None`` for the first one.
         origins: key -> stage that wrote it: modules of an inherited ``auxiliary`` or ``criterion``
             are those of that stage, with what they learned.
         places: key -> where it was written.
@@ -121,12 +249,19 @@ class Stage:
     auxiliary: Mapping[str, Auxiliary]
     freeze: tuple[str, ...]
     criterion: Mapping[str, Term]
-    optimizer: Component
-    scheduler: Component | None
+    optimizer: Optimizer
+    schedulers: tuple[Scheduler, ...]
+    clip: Clip
     precision: Literal["fp32", "bf16", "fp16"]
-    metrics: tuple[Component, ...]
-    keep: Literal["last", "best"]
+    channels_last: bool
+    compile: tuple[str, ...]
+    ema: EMA | None
+    parallel: Literal["ddp", "fsdp"]
     sync_batchnorm: bool
+    evaluate: Evaluate
+    metrics: tuple[Metric, ...]
+    best_by: str | None
+    keep: Literal["last", "best", "ema"]
     origins: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Path] = field(default_factory=dict)
 
@@ -136,7 +271,7 @@ class Test:
     """What every stage's student is measured on at its end; ``baseline`` names a stage."""
 
     dataset: str
-    metrics: tuple[Component, ...]
+    metrics: tuple[Metric, ...]
     baseline: str | None
     path: Path
 

@@ -49,8 +49,22 @@ NAMED: Schema = {"type": "string", "pattern": f"^{NAME}$"}
 _PARTS: Schema = {"type": TEXT, "params": {"type": "object"}}
 COMPONENT = _mapping(_PARTS, "type")
 COMPONENT_OR_NAME: Schema = {**COMPONENT, "type": ["object", "string"]}
+COMPONENTS: Schema = {"type": "array", "items": COMPONENT_OR_NAME}
+NAMES: Schema = {"type": "array", "items": TEXT}
+UNIT: Schema = {"enum": ["epochs", "steps"]}
+FROM_ZERO: Schema = {"type": "integer", "minimum": 0}
+POSITIVE: Schema = {"type": "number", "exclusiveMinimum": 0}
 WIRING: Schema = {"type": "object", "additionalProperties": TEXT}
-DATASET = _mapping({**_PARTS, "transforms": {"type": "array", "items": COMPONENT_OR_NAME}}, "type")
+DATASET = _mapping(
+    {
+        **_PARTS,
+        "wrappers": COMPONENTS,
+        "joint_transforms": COMPONENTS,
+        "transforms": COMPONENTS,
+        "collate": {**COMPONENT, "type": ["object", "string", "null"]},
+    },
+    "type",
+)
 MODEL = _mapping({**_PARTS, "checkpoint": TEXT, "seed": SEED}, "type")
 TEACHER = _mapping(
     {
@@ -61,17 +75,53 @@ TEACHER = _mapping(
     "model",
 )
 AUXILIARY = _mapping({**_PARTS, "inputs": WIRING}, "type")
-TERM = _mapping({**_PARTS, "inputs": WIRING, "weight": {"type": "number"}}, "type")
+WEIGHT: Schema = {
+    **_mapping(
+        {
+            "start": {"type": "number"},
+            "end": {"type": "number"},
+            "over": FROM_ZERO,
+            "after": FROM_ZERO,
+            "stop": {"type": ["integer", "null"], "minimum": 1},
+            "shape": {"enum": ["linear", "cosine"]},
+            "unit": UNIT,
+        }
+    ),
+    "type": ["number", "object"],
+}
+TERM = _mapping({**_PARTS, "inputs": WIRING, "weight": WEIGHT}, "type")
 DATA = _mapping(
     {
         "train": NAMED,
-        "validate": {"type": ["string", "null"], "pattern": f"^{NAME}$"},
+        "validate": {
+            "type": ["string", "array", "null"],
+            "pattern": f"^{NAME}$",
+            "items": NAMED,
+            "uniqueItems": True,
+        },
         "batch_size": COUNT,
-        "workers": {"type": "integer", "minimum": 0},
+        "accumulate": COUNT,
         "drop_last": FLAG,
+        "sampler": {**COMPONENT, "type": ["object", "string", "null"]},
+        "batch_sampler": {**COMPONENT, "type": ["object", "string", "null"]},
+        "batch_transforms": COMPONENTS,
+        "workers": FROM_ZERO,
+        "prefetch": COUNT,
+        "pin_memory": {"type": ["boolean", "null"]},
+        "worker_timeout": POSITIVE,
+        "on_bad_sample": {"enum": ["raise", "skip"]},
     }
 )
-METRICS: Schema = {"type": "array", "items": COMPONENT_OR_NAME}
+METRIC: Schema = {
+    **_mapping({**_PARTS, "name": TEXT}, "type"),
+    "type": ["object", "string"],
+}
+METRICS: Schema = {"type": "array", "items": METRIC}
+GROUP = _mapping({"match": {**NAMES, "minItems": 1}, "params": {"type": "object"}}, "match")
+OPTIMIZER = _mapping(
+    {**_PARTS, "groups": {"type": "array", "items": GROUP}, "no_decay": NAMES}, "type"
+)
+SCHEDULER = _mapping({**_PARTS, "unit": UNIT, "until": COUNT, "watch": TEXT}, "type")
 STAGE = _mapping(
     {
         "name": NAMED,
@@ -83,12 +133,23 @@ STAGE = _mapping(
         "auxiliary": _or_null(_named(AUXILIARY)),
         "freeze": {"type": ["array", "null"], "items": TEXT},
         "criterion": _named(TERM, minProperties=1),
-        "optimizer": COMPONENT,
-        "scheduler": _or_null(COMPONENT),
+        "optimizer": OPTIMIZER,
+        "scheduler": {**SCHEDULER, "type": ["object", "array", "null"], "items": SCHEDULER},
+        "clip": _or_null(_mapping({"norm": POSITIVE, "value": POSITIVE})),
         "precision": {"enum": ["fp32", "bf16", "fp16"]},
-        "metrics": METRICS,
-        "keep": {"enum": ["last", "best"]},
+        "channels_last": FLAG,
+        "compile": {"type": ["array", "null"], "items": NAMED, "uniqueItems": True},
+        "ema": _or_null(
+            _mapping(
+                {"decay": {"type": "number", "minimum": 0, "maximum": 1}, "warmup": FLAG}, "decay"
+            )
+        ),
+        "parallel": {"enum": ["ddp", "fsdp"]},
         "sync_batchnorm": FLAG,
+        "evaluate": _mapping({"every": COUNT, "unit": UNIT}),
+        "metrics": METRICS,
+        "best_by": {"type": ["string", "null"], "minLength": 1},
+        "keep": {"enum": ["last", "best", "ema"]},
     },
     "name",
 )
@@ -194,6 +255,7 @@ def _wrong_value(error: jsonschema.ValidationError) -> str:
         return f"'{error.instance}' does not fit here; {_PATTERN_RULES.get(limit, _NAME_RULE)}"
     return {
         "minimum": f"must be at least {limit}, got {got}",
+        "exclusiveMinimum": f"must be above {limit}, got {got}",
         "maximum": f"must be at most {limit}, got {got}",
         "minItems": "the list is empty",
         "minProperties": "is empty",

@@ -1,0 +1,161 @@
+"""How a stage trains: its data, optimizer, schedulers, evaluation, and what of it must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distill import reference
+from distill.config.experiment import (
+    EMA,
+    Data,
+    Group,
+    Metric,
+    Optimizer,
+    Scheduler,
+    Stage,
+)
+from distill.config.inheritance import StageDraft
+from distill.config.resolver import (
+    Resolver,
+    component,
+    components,
+    is_gap,
+    optional_component,
+)
+from distill.config.yaml_document import Path
+from distill.errors import did_you_mean
+
+
+def data(resolver: Resolver, draft: StageDraft) -> Data:
+    """Read what the stage trains and validates on; its data sets must exist."""
+    values = draft.values["data"]
+    validate = values["validate"] or ()
+    validate = (validate,) if isinstance(validate, str) else tuple(validate)
+    for key, names in (("train", (values["train"],)), ("validate", validate)):
+        place = draft.places.get(f"data.{key}", draft.path)
+        for name in names:
+            resolver.known(place, "data set", name, "datasets")
+    base = draft.places["data"]
+    parts: dict[str, Any] = {
+        key: optional_component(values[key], draft.places.get(f"data.{key}", (*base, key)))
+        for key in ("sampler", "batch_sampler")
+    }
+    mixing = draft.places.get("data.batch_transforms", (*base, "batch_transforms"))
+    parts["batch_transforms"] = components(values["batch_transforms"], mixing)
+    return Data(**{**values, **parts, "validate": validate}, path=base)
+
+
+def optimizer(draft: StageDraft) -> Optimizer:
+    """Read the optimizer and its groups of parameters."""
+    given, path = draft.values["optimizer"], draft.places["optimizer"]
+    groups = tuple(
+        Group(tuple(group["match"]), group.get("params", {}), (*path, "groups", number))
+        for number, group in enumerate(given.get("groups", []))
+    )
+    return Optimizer(component(given, path), groups, tuple(given.get("no_decay", [])))
+
+
+def schedulers(resolver: Resolver, draft: StageDraft) -> tuple[Scheduler, ...]:
+    """Read the row of schedulers: several follow one another, or all of them act at once."""
+    given, path = draft.values["scheduler"], draft.places.get("scheduler", ())
+    if not given:
+        return ()
+    if isinstance(given, Mapping):
+        given, places = [given], [path]
+    else:
+        places = [(*path, number) for number in range(len(given))]
+    row = tuple(
+        Scheduler(
+            component(one, place), one.get("unit", "epochs"), one.get("until"), one.get("watch")
+        )
+        for one, place in zip(given, places, strict=True)
+    )
+    until = [entry.until is not None for entry in row]
+    if until[-1] or len(set(until[:-1])) > 1:
+        message = "all but the last need 'until', where the next one takes over; without any, all "
+        resolver.fault(path, message + "act at once")
+    return row
+
+
+def ema(draft: StageDraft) -> EMA | None:
+    """Read the moving average."""
+    given = draft.values["ema"]
+    return EMA(given["decay"], given.get("warmup", False)) if given else None
+
+
+def metrics(resolver: Resolver, given: Iterable[Any], path: Path) -> tuple[Metric, ...]:
+    """Read a list of metrics; two of one name are a fault."""
+    read: list[Metric] = []
+    for number, one in enumerate(given):
+        part = component(one, (*path, number))
+        named = one.get("name") if isinstance(one, Mapping) else None
+        metric = Metric(part, named or _metric_name(part.type, part.params))
+        if any(metric.name == other.name for other in read):
+            resolver.fault(part.path, f"two metrics are called '{metric.name}'; give one a 'name'")
+        read.append(metric)
+    return tuple(read)
+
+
+def _metric_name(kind: str, params: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in params.items())
+    return f"{kind}({given})" if given else kind
+
+
+def check_settings(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
+    """Fault settings that do not go together."""
+    _check_samplers(resolver, draft, stage)
+    _check_measuring(resolver, draft, stage)
+    _check_compiled(resolver, stage)
+
+
+def _check_samplers(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
+    if stage.data.sampler and stage.data.batch_sampler:
+        place = draft.places.get("data.batch_sampler", draft.path)
+        resolver.fault(place, "give either 'sampler' or 'batch_sampler', not both")
+
+
+def _check_measuring(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
+    if stage.keep == "ema" and stage.ema is None:
+        resolver.fault(draft.places["keep"], "'ema' needs the key 'ema' with its decay")
+    if is_gap(resolver, draft, "data.validate"):
+        return
+    if stage.keep == "best" and not stage.data.validate:
+        resolver.fault(draft.places["keep"], "'best' needs data.validate to measure by")
+    if not is_gap(resolver, draft, "metrics"):
+        _check_measured(resolver, stage, stage.best_by, draft.places.get("best_by", stage.path))
+        for entry in stage.schedulers:
+            place = (*entry.component.path, "watch")
+            _check_measured(resolver, stage, entry.watch, place)
+
+
+def _check_measured(resolver: Resolver, stage: Stage, name: str | None, place: Path) -> None:
+    """Fault the name of a metric that the stage does not measure."""
+    names = measured_names(stage)
+    if name is None or name.partition("/")[0] in names:
+        return
+    if not stage.data.validate:
+        resolver.fault(place, "needs data.validate to measure on")
+        return
+    hint = did_you_mean(name, names) or f" (measured: {', '.join(names)})"
+    resolver.fault(place, f"stage '{stage.name}' measures no '{name}'{hint}")
+
+
+def measured_names(stage: Stage) -> list[str]:
+    """Return the names of what a stage measures: of further data sets and the average, prefixed."""
+    names = [
+        f"{prefix}{metric.name}"
+        for prefix in ("", *(f"{dataset}." for dataset in stage.data.validate[1:]))
+        for metric in stage.metrics
+    ]
+    averaged = [f"ema.{name}" for name in names] if stage.ema else []
+    return [*names, *averaged] if stage.data.validate else []
+
+
+def _check_compiled(resolver: Resolver, stage: Stage) -> None:
+    roles = [reference.STUDENT, *stage.teachers]
+    for role in stage.compile:
+        if role not in roles:
+            place = stage.places.get("compile", stage.path)
+            hint = did_you_mean(role, roles) or f" (there are: {', '.join(roles)})"
+            resolver.fault(place, f"stage '{stage.name}' has no model in the role '{role}'{hint}")
