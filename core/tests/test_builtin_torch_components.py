@@ -20,6 +20,7 @@ NEEDED = {
     "CosineAnnealingWarmRestarts": {"T_0": 2},
     "CyclicLR": {"base_lr": 0.1, "max_lr": 1.0},
     "OneCycleLR": {"max_lr": 1.0, "total_steps": 10},
+    "WarmupPolynomialLR": {"total_iters": 10},
 }
 SHAPED = {
     "AdaptiveAvgPool1d": {"output_size": 1},
@@ -106,5 +107,11 @@ def test_what_takes_code_or_a_closure_is_not_on_offer():
 
 
 def test_the_hooks_return_what_they_are_said_to():
-    assert set(builtin.distill_metrics()) == {"accuracy"}
+    assert set(builtin.distill_metrics()) == {
+        "accuracy",
+        "agreement",
+        "calibration_error",
+        "cross_entropy",
+        "per_class_accuracy",
+    }
     assert set(builtin.distill_observers()) == {"Console", "TensorBoard", "ResultFiles"}

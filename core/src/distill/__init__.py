@@ -2,8 +2,8 @@
 
 This page is the whole contract for plugin authors and Python users; everything else may move.
 
-Plugin authors: ``hookimpl``, ``Sample``, ``Batch``, ``Metric``, ``Observer`` and the events it is
-told of, ``DistillError`` and its kinds.
+Plugin authors: ``hookimpl``, ``Sample``, ``Batch``, ``labels`` of a data set, ``Metric``,
+``Observer`` and the events it is told of, ``DistillError`` and its kinds.
 Python users: ``load`` an experiment, ``check`` it, ``run`` it; ``plugins`` gives the registry to
 create any component by name; ``Capture`` records features of any module of any model.
 """
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from distill.config.load import load as load
     from distill.data.batch import Batch as Batch
     from distill.data.batch import Sample as Sample
+    from distill.data.labels import labels as labels
     from distill.model.capture import Capture as Capture
     from distill.observer import EpochEnd as EpochEnd
+    from distill.observer import EvaluationEnd as EvaluationEnd
     from distill.observer import Observer as Observer
     from distill.observer import RunEnd as RunEnd
     from distill.observer import RunStart as RunStart
@@ -47,6 +49,7 @@ _LAZY = {
     "Batch": "distill.data.batch",
     "Capture": "distill.model.capture",
     "EpochEnd": "distill.observer",
+    "EvaluationEnd": "distill.observer",
     "Metric": "distill.training.metrics",
     "Observer": "distill.observer",
     "RunEnd": "distill.observer",
@@ -56,6 +59,7 @@ _LAZY = {
     "StageStart": "distill.observer",
     "StepEnd": "distill.observer",
     "check": "distill.runner",
+    "labels": "distill.data.labels",
     "load": "distill.config.load",
     "run": "distill.runner",
 }
@@ -67,6 +71,7 @@ __all__ = [
     "DataError",
     "DistillError",
     "EpochEnd",
+    "EvaluationEnd",
     "Metric",
     "NumericalError",
     "Observer",
@@ -80,6 +85,7 @@ __all__ = [
     "StorageError",
     "check",
     "hookimpl",
+    "labels",
     "load",
     "plugins",
     "run",

@@ -107,10 +107,19 @@ def _set_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def _remote_code_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--allow-remote-code",
+        is_flag=True,
+        help="Let components fetch code from elsewhere and run it; `distill check` lists them.",
+    )(command)
+
+
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @_set_option
 @_plugin_option
+@_remote_code_option
 @click.option("--runs", default="runs", show_default=True, help="Folder the run's folder goes to.")
 @click.option(
     "--processes",
@@ -122,6 +131,7 @@ def run(
     file: Path,
     overrides: Sequence[str],
     plugin_files: Sequence[Path],
+    allow_remote_code: bool,
     runs: str,
     processes: int | None,
 ) -> None:
@@ -133,40 +143,52 @@ def run(
     experiment, registry = _open(file, overrides, plugin_files)
     if processes is not None and "RANK" not in os.environ:
         from distill.launcher import launch
-        from distill.runner import check
+        from distill.runner import check_to_run
 
-        check(experiment, registry)
+        check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
         sys.exit(launch(processes, _without_processes(sys.argv[1:])))
     from distill.runner import run as run_experiment
 
-    run_experiment(experiment, registry=registry, runs=runs)
+    run_experiment(experiment, registry=registry, runs=runs, allow_remote_code=allow_remote_code)
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @_set_option
 @_plugin_option
+@_remote_code_option
 @click.option(
     "--data", is_flag=True, help="Open data sets and checkpoints too, and run two samples."
 )
-def check(file: Path, overrides: Sequence[str], plugin_files: Sequence[Path], data: bool) -> None:
+def check(
+    file: Path,
+    overrides: Sequence[str],
+    plugin_files: Sequence[Path],
+    allow_remote_code: bool,
+    data: bool,
+) -> None:
     """Report everything that is wrong with an experiment file, without running it.
 
     Models are built without memory; data, checkpoints and weights are looked at only with --data.
     """
     experiment, registry = _open(file, overrides, plugin_files)
     from distill.runner import check as check_experiment
+    from distill.training.check import refusals
 
-    check_experiment(experiment, registry, data=data)
+    check_experiment(experiment, registry, data=data, allow_remote_code=allow_remote_code)
     click.echo(
         f"{file}: no faults ({len(experiment.stages)} stages, {len(experiment.models)} models)"
     )
+    if not allow_remote_code:
+        for fault in refusals(experiment, registry):
+            click.echo(f"remote code: {fault.path}: {fault.message}; what uses it is not checked")
 
 
 @main.command(name="eval")
 @click.argument("source", metavar="RUN|FILE", type=click.Path(path_type=Path))
 @_set_option
 @_plugin_option
+@_remote_code_option
 @click.option("--dataset", help="Name of a data set of the file.  [default: the test data]")
 @click.option("--stage", help="Stage whose student or teacher is meant.  [default: the last]")
 @click.option(
@@ -175,13 +197,14 @@ def check(file: Path, overrides: Sequence[str], plugin_files: Sequence[Path], da
 @click.option("--seed", type=int, help="Seed of a run with several.  [default: the first]")
 @click.option(
     "--weights",
-    type=click.Choice(["last", "best"]),
+    type=click.Choice(["last", "best", "ema"]),
     help="Which of the student's weights.  [default: those the stage kept]",
 )
 def evaluate(
     source: Path,
     overrides: Sequence[str],
     plugin_files: Sequence[Path],
+    allow_remote_code: bool,
     dataset: str | None,
     stage: str | None,
     model: str,
@@ -196,8 +219,11 @@ def evaluate(
     file = source / "resolved.yaml" if directory else source
     experiment, registry = _open(file, overrides, plugin_files)
     choice = Choice(model, stage, seed, weights)
-    module, described = trained_model(experiment, registry, choice, directory)
-    on, metrics = evaluate_model(experiment, registry, module, stage=stage, dataset=dataset)
+    allowed = {"allow_remote_code": allow_remote_code}
+    module, described = trained_model(experiment, registry, choice, directory, **allowed)
+    on, metrics = evaluate_model(
+        experiment, registry, module, stage=stage, dataset=dataset, **allowed
+    )
     click.echo(f"{described}, on data set {on}:")
     for name, value in metrics.items():
         click.echo(f"  {name} {value:.4f}")
@@ -231,12 +257,62 @@ def plugins(as_json: bool, plugin_files: Sequence[Path]) -> None:
 
 
 @main.command()
+@click.argument("text", default="")
+@_plugin_option
+def ls(text: str, plugin_files: Sequence[Path]) -> None:
+    """List presets: ready experiment files that plugins bring.
+
+    With TEXT, only those that have it in their name, description or package, e.g. `distill ls
+    cifar`. Next: `distill cat NAME`, `distill cp NAME`.
+    """
+    from distill.plugins import plugins as load_plugins
+    from distill.presets import listed
+
+    presets = listed(load_plugins(plugin_files), text)
+    widths = [max(map(len, column)) for column in zip(*presets, strict=True)]
+    for preset in presets:
+        cells = zip(preset, widths, strict=True)
+        click.echo("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+    if not presets:
+        click.echo("no installed plugin brings presets; distill-kd does: pip install distill-kd")
+
+
+@main.command()
+@click.argument("name")
+@_plugin_option
+def cat(name: str, plugin_files: Sequence[Path]) -> None:
+    """Print the preset NAME; its comments say what it needs and what is to be expected of it."""
+    from distill.plugins import plugins as load_plugins
+    from distill.presets import preset_text
+
+    click.echo(preset_text(load_plugins(plugin_files), name), nl=False)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path), default=Path())
+@click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
+@_plugin_option
+def cp(name: str, file: Path, force: bool, plugin_files: Sequence[Path]) -> None:
+    """Copy the preset NAME to FILE, a file or an existing folder.  [default: ./NAME.yaml]
+
+    Then change it at will and run it: `distill run NAME.yaml`.
+    """
+    from distill.plugins import plugins as load_plugins
+    from distill.presets import copy_preset
+
+    registry = load_plugins(plugin_files)
+    click.echo(f"wrote {copy_preset(registry, name, file, overwrite=force)}")
+
+
+@main.command()
 @click.argument("source", metavar="MODEL|FILE")
 @click.option("--input", "shape", metavar="C,H,W", help="Shape of one input, e.g. 3,224,224.")
 @click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="Parameter of MODEL.")
 @click.option("--model", help="Of FILE: only this model.")
 @_set_option
 @_plugin_option
+@_remote_code_option
 def inspect(
     source: str,
     shape: str | None,
@@ -244,6 +320,7 @@ def inspect(
     model: str | None,
     overrides: Sequence[str],
     plugin_files: Sequence[Path],
+    allow_remote_code: bool,
 ) -> None:
     """Show a model's module paths with output shapes, to choose references from.
 
@@ -255,11 +332,14 @@ def inspect(
     given = _shape(shape) if shape else None
     if source.endswith((".yaml", ".yml")) or Path(source).is_file():
         experiment, registry = _open(Path(source), overrides, plugin_files)
-        shown = models_of_file(experiment, registry, model, given)
+        shown = models_of_file(
+            experiment, registry, model, given, allow_remote_code=allow_remote_code
+        )
     else:
         from distill.plugins import plugins as load_plugins
 
-        shown = [named_model(load_plugins(plugin_files), source, params, given)]
+        registry = load_plugins(plugin_files)
+        shown = [named_model(registry, source, params, given, allow_remote_code=allow_remote_code)]
     for text in (table(entry) for entry in shown):
         click.echo(text)
 

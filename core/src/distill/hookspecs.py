@@ -3,12 +3,16 @@
 The name in the experiment file is the name of the Python object. Returning a mapping has no side
 effect, so a plugin's offer can be tested by comparing a dict. Parameters from the file are checked
 against the factory's signature and type hints before anything is built.
+
+A factory that fetches code from elsewhere and runs it has an attribute ``remote_code``: a function
+of the parameters in the file that returns what is run as text, e.g. ``github.com/a/b at 0123abc``.
+It is called only where the user allows that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pluggy
 
@@ -20,6 +24,17 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 Factory = Callable[..., Any]
 Components = Mapping[str, Factory]
+
+
+@runtime_checkable
+class PresetFile(Protocol):
+    """A file of a package: a ``pathlib.Path``, or what ``importlib.resources.files`` leads to."""
+
+    def read_text(self, encoding: str | None = None) -> str:
+        """Return its text."""
+
+
+Presets = Mapping[str, PresetFile]
 
 
 @hookspec
@@ -114,9 +129,17 @@ def distill_optimizers() -> Components:  # type: ignore[empty-body]
 
 @hookspec
 def distill_schedulers() -> Components:  # type: ignore[empty-body]
-    """Learning-rate schedulers, stepped each epoch or step: ``(optimizer, **params) -> scheduler``."""
+    """Schedulers, stepped each epoch or step: ``(optimizer, **params) -> scheduler``."""
 
 
 @hookspec
 def distill_observers() -> Components:  # type: ignore[empty-body]
     """Observers of a run: ``(**params) -> Observer``, told of run, stage, epoch and step."""
+
+
+@hookspec
+def distill_presets() -> Presets:  # type: ignore[empty-body]
+    """Ready experiment files, no factories: each name's ``path of a YAML file`` in the package.
+
+    Its first line is a comment that says in one line what the experiment is.
+    """

@@ -18,7 +18,7 @@ from distill.errors import DistillError, UsageError, did_you_mean
 from distill.model.wiring import describe
 from distill.registry import Registry
 from distill.signature import bind
-from distill.training.build import Builder
+from distill.training.build import Builder, remote_code_refusal
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,29 @@ def inspect_model(name: str, model: nn.Module, inputs: Any) -> Inspected:
 
 
 def named_model(
-    registry: Registry, name: str, params: Sequence[str], shape: Sequence[int] | None
+    registry: Registry,
+    name: str,
+    params: Sequence[str],
+    shape: Sequence[int] | None,
+    *,
+    allow_remote_code: bool = False,
 ) -> Inspected:
     """Inspect a model that a plugin brings.
 
     Raises:
-        UsageError: if there is no such model, a parameter does not fit, or no shape is given.
+        UsageError: if there is no such model, a parameter does not fit, no shape is given, or the
+            model runs code from elsewhere without being allowed to.
     """
     if shape is None:
         raise UsageError("give the shape of one input, e.g. --input 3,224,224")
     factory = registry.find("models", name).factory
-    binding = bind(factory, override(parse("{}"), params).data)
+    given = override(parse("{}"), params).data
+    binding = bind(factory, given)
     if binding.problems:
         raise UsageError("; ".join(problem.message for problem in binding.problems))
+    refusal = None if allow_remote_code else remote_code_refusal(name, factory, given)
+    if refusal is not None:
+        raise UsageError(refusal)
     try:
         return _inspect(name, lambda: factory(**binding.arguments), torch.zeros(2, *shape))
     except DistillError:
@@ -90,13 +100,18 @@ def named_model(
 
 
 def models_of_file(
-    experiment: Experiment, registry: Registry, only: str | None, shape: Sequence[int] | None
+    experiment: Experiment,
+    registry: Registry,
+    only: str | None,
+    shape: Sequence[int] | None,
+    *,
+    allow_remote_code: bool = False,
 ) -> list[Inspected]:
     """Inspect the models of a file, with inputs of its own training data or of a given shape."""
     if only is not None and only not in experiment.models:
         hint = did_you_mean(only, experiment.models)
         raise UsageError(f"there is no model '{only}' in {experiment.document.file}{hint}")
-    builder = Builder(experiment, registry)
+    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
     if shape is None:
         source = builder.source(experiment.stages[0].data.train)
         inputs = sample_batch(source, 2, experiment.seeds[0]).inputs

@@ -55,7 +55,11 @@ class StageStart:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """A log line: mean losses since the last one, and speed."""
+    """A log line: mean losses since the last one, and speed.
+
+    Attributes:
+        weights: of the terms, where they change over the stage.
+    """
 
     position: Position
     stage: str
@@ -65,11 +69,28 @@ class StepEnd:
     lr: float
     samples_per_second: float
     seconds_left: float
+    weights: Numbers = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationEnd:
+    """The student has been measured in the middle of an epoch."""
+
+    position: Position
+    stage: str
+    metrics: Numbers
+    is_best: bool
 
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """An epoch is over: its mean losses and what the student reaches on the validation data."""
+    """An epoch is over: its mean losses and what the student reaches on the validation data.
+
+    Attributes:
+        metrics: empty in an epoch after which nothing is measured.
+        skipped: samples that could not be read, with the reason.
+        overflows: steps left out since a gradient overflowed fp16.
+    """
 
     position: Position
     stage: str
@@ -80,6 +101,8 @@ class EpochEnd:
     seconds: float
     samples_per_second: float
     is_best: bool
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    overflows: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,6 +163,9 @@ class Observer:
 
     def step_end(self, event: StepEnd) -> None:
         """A log line is due."""
+
+    def evaluation_end(self, event: EvaluationEnd) -> None:
+        """The student has been measured in the middle of an epoch."""
 
     def epoch_end(self, event: EpochEnd) -> None:
         """An epoch is over."""

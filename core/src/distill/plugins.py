@@ -16,7 +16,7 @@ import pluggy
 
 from distill import hookspecs
 from distill.errors import PluginError, did_you_mean
-from distill.registry import SINGULAR, Entry, PluginRecord, Registry
+from distill.registry import PRESETS, SINGULAR, Entry, PluginRecord, Registry
 
 PREFIX = f"{hookspecs.PROJECT}_"
 
@@ -112,15 +112,19 @@ def _valid(kind: str, components: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(components, Mapping):
         raise PluginError(
             f"{PREFIX}{kind} returned {_kind_of(components)}; it must return a dict "
-            "of name -> factory"
+            f"of name -> {'file' if kind == PRESETS else 'factory'}"
         )
     for name, factory in components.items():
-        if not isinstance(name, str) or not callable(factory):
+        if not isinstance(name, str) or not _fits(kind, factory):
+            needed = "file a path" if kind == PRESETS else "factory a class or function"
             raise PluginError(
-                f"{PREFIX}{kind} offers {name!r}: {factory!r}; a name must be text and a factory "
-                "a class or function"
+                f"{PREFIX}{kind} offers {name!r}: {factory!r}; a name must be text and a {needed}"
             )
         yield name, factory
+
+
+def _fits(kind: str, offer: object) -> bool:
+    return isinstance(offer, hookspecs.PresetFile) if kind == PRESETS else callable(offer)
 
 
 def _kind_of(value: Any) -> str:

@@ -22,9 +22,12 @@ def derive(seed: int, *position: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seed what transforms draw from: torch, Python's random and numpy's global generator."""
-    value = derive(seed, "sample", epoch, index)
+def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
+    """Seed what transforms draw from: torch, Python's random and numpy's global generator.
+
+    ``repeat`` tells apart the times a sample comes in one epoch.
+    """
+    value = derive(seed, "sample", epoch, index, *([repeat] if repeat else []))
     torch.default_generator.manual_seed(value)
     random.seed(value)
     numpy.random.seed(value & 0xFFFFFFFF)

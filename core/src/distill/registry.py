@@ -1,4 +1,4 @@
-"""Kind and name -> factory, and who provides it."""
+"""Kind and name -> factory (or file, of a preset), and who provides it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from importlib import resources
 from typing import Any
 
 from distill.errors import PluginError, did_you_mean
-from distill.hookspecs import Factory
 
 SINGULAR = {
     "losses": "loss",
@@ -26,17 +25,21 @@ SINGULAR = {
     "optimizers": "optimizer",
     "schedulers": "scheduler",
     "observers": "observer",
+    "presets": "preset",
 }
-"""Every kind of component, and what one of it is called in messages."""
+"""Every kind of thing on offer, and what one of it is called in messages."""
+
+PRESETS = "presets"
+"""The one kind whose offers are files."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A component on offer."""
+    """A component on offer: its factory, or the file where it is a preset."""
 
     kind: str
     name: str
-    factory: Factory
+    factory: Any
     provider: str
 
 
@@ -75,6 +78,11 @@ class Registry:
     def names(self, kind: str) -> list[str]:
         """Return the names on offer of one kind, sorted."""
         return sorted(self._of(kind))
+
+    def entries(self, kind: str) -> list[Entry]:
+        """Return everything on offer of one kind by name, also what stands under one name twice."""
+        offers = self._of(kind)
+        return [entry for name in sorted(offers) for entry in offers[name]]
 
     def duplicates(self) -> list[list[Entry]]:
         """Return the offers that stand under one name and kind twice."""

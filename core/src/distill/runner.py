@@ -14,7 +14,7 @@ from torch import nn
 
 from distill import distributed
 from distill.config.experiment import Experiment
-from distill.data.loader import Source
+from distill.data.source import Source
 from distill.environment import describe_environment
 from distill.errors import ConfigError, DistillError, UsageError, did_you_mean
 from distill.observer import Observer, Position, RunEnd, RunStart, StageResult
@@ -25,9 +25,12 @@ from distill.summary import measured_on, summary_table
 from distill.trained import Choice, find_stage, trained_model
 from distill.training.build import Builder
 from distill.training.check import check as find_faults
+from distill.training.check import refusals
 from distill.training.checkpoint import load_state
+from distill.training.evaluation import evaluate as measure
+from distill.training.measuring import evaluating
 from distill.training.rehearsal import rehearse, rehearse_measuring
-from distill.training.seed_run import SeedRun, Tell, measure
+from distill.training.seed_run import SeedRun, Tell
 from distill.training.stage import roles_in_force
 from distill.training.trainer import train_stage
 
@@ -39,6 +42,7 @@ class Result:
     Attributes:
         stages: one result for each stage of each seed.
         table: the summary in Markdown.
+        allow_remote_code: whether models may run code from elsewhere when they are built again.
     """
 
     experiment: Experiment
@@ -46,16 +50,29 @@ class Result:
     directory: Path
     stages: Sequence[StageResult]
     table: str
+    allow_remote_code: bool = False
 
     def student(
         self, stage: str | None = None, seed: int | None = None, weights: str | None = None
     ) -> nn.Module:
         """Return a trained student on the CPU: by default the last stage's, of the first seed."""
         choice = Choice("student", stage, seed, weights)
-        return trained_model(self.experiment, self.registry, choice, self.directory)[0]
+        return trained_model(
+            self.experiment,
+            self.registry,
+            choice,
+            self.directory,
+            allow_remote_code=self.allow_remote_code,
+        )[0]
 
 
-def check(experiment: Experiment, registry: Registry | None = None, *, data: bool = False) -> None:
+def check(
+    experiment: Experiment,
+    registry: Registry | None = None,
+    *,
+    data: bool = False,
+    allow_remote_code: bool = False,
+) -> None:
     """Check components, parameters and references, all before anything expensive.
 
     Args:
@@ -63,19 +80,36 @@ def check(experiment: Experiment, registry: Registry | None = None, *, data: boo
         registry: what ``plugins`` returns; by default everything installed.
         data: whether to open data sets and checkpoints too, and to run two samples through every
             stage.
+        allow_remote_code: whether components may fetch code from elsewhere and run it. Without,
+            they and what refers to them are not checked, and with ``data`` they are faults.
 
     Raises:
         ConfigError: with every fault of the file.
         DataError: if data is missing or does not fit a model.
     """
     registry = registry or plugins()
-    faults = find_faults(experiment, registry)
-    if faults:
-        raise ConfigError(faults)
     if data:
-        builder = Builder(experiment, registry)
+        check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
+        builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
         device = _device(experiment)
         rehearse_all(builder, open_sources(builder), device)
+        return
+    faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
+    if faults:
+        raise ConfigError(faults)
+
+
+def check_to_run(experiment: Experiment, registry: Registry, *, allow_remote_code: bool) -> None:
+    """Check as ``check`` does; code from elsewhere that is not allowed is a fault too.
+
+    Raises:
+        ConfigError: with every fault of the file.
+    """
+    faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
+    if not allow_remote_code:
+        faults += refusals(experiment, registry)
+    if faults:
+        raise ConfigError(faults)
 
 
 def run(
@@ -83,6 +117,7 @@ def run(
     *,
     registry: Registry | None = None,
     runs: str | os.PathLike[str] = "runs",
+    allow_remote_code: bool = False,
 ) -> Result:
     """Run every stage for every seed, or what of it a stopped run has left to do.
 
@@ -90,13 +125,14 @@ def run(
         experiment: what ``load`` returns.
         registry: what ``plugins`` returns; by default everything installed.
         runs: the folder in which the run's own folder ``<name>`` is made.
+        allow_remote_code: whether components may fetch code from elsewhere and run it.
 
     Raises:
         DistillError: with a message for the user.
     """
     registry = registry or plugins()
-    check(experiment, registry)
-    builder = Builder(experiment, registry)
+    check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
+    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
     device = _device(experiment)
     with distributed.process_group(device), open_run(Path(runs), experiment) as directory:
         states = _saved_states(experiment, directory)
@@ -110,9 +146,9 @@ def run(
             for seed in experiment.seeds:
                 folder = seed_directory(directory, experiment, seed)
                 results += _run_seed(builder, seed, device, folder, tell, sources, states[seed])
-            table = summary_table(experiment, results)
+            table = summary_table(experiment, results, _no_fractions(builder))
             tell("run_end", RunEnd(results, table, measured_on(experiment)))
-    return Result(experiment, registry, directory, results, table)
+    return Result(experiment, registry, directory, results, table, allow_remote_code)
 
 
 def evaluate(
@@ -122,6 +158,7 @@ def evaluate(
     *,
     stage: str | None = None,
     dataset: str | None = None,
+    allow_remote_code: bool = False,
 ) -> tuple[str, dict[str, float]]:
     """Measure a model on one of the experiment's data sets, by default the test data.
 
@@ -132,19 +169,22 @@ def evaluate(
         DistillError: if there is no such data set.
     """
     chosen = find_stage(experiment, stage)
-    dataset = dataset or (experiment.test.dataset if experiment.test else chosen.data.validate)
+    dataset = dataset or (
+        experiment.test.dataset if experiment.test else next(iter(chosen.data.validate), None)
+    )
     if dataset is None or dataset not in experiment.datasets:
         known = list(experiment.datasets)
         asked = f"there is no data set '{dataset}' in" if dataset else "name a data set of"
         hint = did_you_mean(dataset or "", known) or f" (there are: {', '.join(known)})"
         raise UsageError(f"{asked} {experiment.document.file}{hint}")
-    builder = Builder(experiment, registry)
+    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
     device = _device(experiment)
     seed = experiment.seeds[0]
     source = {dataset: builder.source(dataset)}
     run = SeedRun(builder, seed, device, Path(), _tell_nobody, {}, source)
     metrics = run.metrics(experiment.test.metrics if experiment.test else chosen.metrics)
-    return dataset, measure(run, chosen, model.to(device), dataset, metrics)
+    how = evaluating(run, chosen)
+    return dataset, measure(model.to(device), source[dataset], metrics, how)
 
 
 def _device(experiment: Experiment) -> torch.device:
@@ -157,7 +197,7 @@ def _device(experiment: Experiment) -> torch.device:
 def open_sources(builder: Builder) -> dict[str, Source]:
     """Open the data sets that stages and test use."""
     experiment = builder.experiment
-    used = [name for s in experiment.stages for name in (s.data.train, s.data.validate) if name]
+    used = [name for s in experiment.stages for name in (s.data.train, *s.data.validate)]
     used += [experiment.test.dataset] if experiment.test else []
     return {name: builder.source(name) for name in dict.fromkeys(used)}
 
@@ -165,19 +205,20 @@ def open_sources(builder: Builder) -> dict[str, Source]:
 def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.device) -> None:
     """Run two samples through every stage, so that the last one fails now and not in a week."""
     seed = builder.experiment.seeds[0]
-    run = SeedRun(builder, seed, device, Path(), _tell_nobody, _models(builder, seed, device), {})
-    for stage in builder.experiment.stages:
-        assembly = run.assemble(stage)
-        with roles_in_force(assembly):
-            rehearse(builder.experiment, assembly, sources[stage.data.train], seed, device)
-            test = builder.experiment.test
-            for name, roles in (
-                (stage.data.validate, list(assembly.roles)),
-                (test.dataset if test else None, ["student"]),
-            ):
-                if name is not None:
-                    source = sources[name]
-                    rehearse_measuring(builder.experiment, assembly, source, seed, device, roles)
+    models = _models(builder, seed)
+    run = SeedRun(builder, seed, device, Path(), _tell_nobody, models, dict(sources))
+    experiment = builder.experiment
+    for stage in experiment.stages:
+        assembly, place = run.assemble(stage), run.place(stage)
+        with roles_in_force(assembly), run.in_form(stage, assembly.roles.values()):
+            source = sources[stage.data.train]
+            batch = run.first_batch(stage, source, place)
+            rehearse(experiment, assembly, source, run.plan(stage), batch)
+            measured = [(name, list(assembly.roles)) for name in stage.data.validate]
+            measured += [(experiment.test.dataset, ["student"])] if experiment.test else []
+            for name, roles in measured:
+                batch = run.first_measured(stage, sources[name], place)
+                rehearse_measuring(experiment, assembly, sources[name], batch, roles)
 
 
 def _run_seed(
@@ -191,7 +232,7 @@ def _run_seed(
 ) -> list[StageResult]:
     if _is_complete(builder.experiment, state):
         return _results(state)
-    run = SeedRun(builder, seed, device, directory, tell, _models(builder, seed, device), sources)
+    run = SeedRun(builder, seed, device, directory, tell, _models(builder, seed), sources)
     first = 0
     if state is not None:
         first = state["stage"]
@@ -206,11 +247,11 @@ def _run_seed(
     return run.results
 
 
-def _models(builder: Builder, seed: int, device: torch.device) -> dict[str, nn.Module]:
+def _models(builder: Builder, seed: int) -> dict[str, nn.Module]:
     stages = builder.experiment.stages
     used = [t.model for s in stages for t in s.teachers.values()]
     used += [stage.student.model for stage in stages]
-    return {name: builder.model(name, seed).to(device) for name in dict.fromkeys(used)}
+    return {name: builder.model(name, seed) for name in dict.fromkeys(used)}
 
 
 def _saved_states(experiment: Experiment, directory: Path) -> dict[int, Mapping[str, Any] | None]:
@@ -229,6 +270,15 @@ def _is_complete(experiment: Experiment, state: Mapping[str, Any] | None) -> boo
 
 def _results(state: Mapping[str, Any] | None) -> list[StageResult]:
     return [StageResult(**result) for result in state["results"]] if state else []
+
+
+def _no_fractions(builder: Builder) -> set[str]:
+    """Return the names of metrics that say of themselves that they are no fractions."""
+    experiment = builder.experiment
+    entries = [metric for stage in experiment.stages for metric in stage.metrics]
+    entries += experiment.test.metrics if experiment.test else ()
+    built = {entry.name: builder.component("metrics", entry.component) for entry in entries}
+    return {name for name, metric in built.items() if not getattr(metric, "is_fraction", True)}
 
 
 @contextmanager

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import mean, stdev
 
 from distill.config.experiment import Experiment, Stage
 from distill.observer import Numbers, StageResult
 
 
-def summary_table(experiment: Experiment, results: Sequence[StageResult]) -> str:
+def summary_table(
+    experiment: Experiment, results: Sequence[StageResult], no_fractions: Collection[str] = ()
+) -> str:
     """Return the results as a Markdown table, one row a stage.
 
     The gain is the mean over seeds of the difference to the baseline stage with the same seed,
-    for students of the same architecture; a spread is the standard deviation over seeds.
+    for students of the same architecture; a spread is the standard deviation over seeds. Of a
+    metric with several parts only the mean is shown.
+
+    Args:
+        experiment: the description.
+        results: of every stage and seed.
+        no_fractions: metrics that are not to be shown in percent.
     """
-    metrics = list(dict.fromkeys(name for result in results for name in _numbers(result)))
+    names = dict.fromkeys(name for result in results for name in _numbers(result))
+    metrics = [name for name in names if "/" not in name or name.endswith("/mean")]
+    show = {name: _plain if _is_one_of(name, no_fractions) else _percent for name in metrics}
     baseline = experiment.test.baseline if experiment.test else None
     header = ["stage", "student", "parameters", *metrics]
     header += [f"gain over {baseline}"] if baseline and metrics else []
@@ -24,7 +34,7 @@ def summary_table(experiment: Experiment, results: Sequence[StageResult]) -> str
         own = [result for result in results if result.stage == stage.name]
         if own:
             compared = _is_compared(experiment, stage)
-            rows.append(_row(own, metrics, baseline, results, compared))
+            rows.append(_row(own, show, baseline, results, compared))
     return _markdown(rows)
 
 
@@ -49,28 +59,28 @@ def _is_compared(experiment: Experiment, stage: Stage) -> bool:
 
 def _row(
     own: Sequence[StageResult],
-    metrics: Sequence[str],
+    show: Mapping[str, Callable[..., str]],
     baseline: str | None,
     results: Sequence[StageResult],
     is_compared: bool,
 ) -> list[str]:
     row = [own[0].stage, own[0].student, f"{own[0].parameters:,}"]
-    row += [_percent([_numbers(r)[m] for r in own if m in _numbers(r)]) for m in metrics]
-    if baseline and metrics:
-        row.append(_gain(own, metrics[0], baseline, results) if is_compared else "")
+    row += [text([_numbers(r)[m] for r in own if m in _numbers(r)]) for m, text in show.items()]
+    if baseline and show:
+        metric, text = next(iter(show.items()))
+        row.append(text(_gains(own, metric, baseline, results), sign="+") if is_compared else "")
     return row
 
 
-def _gain(
+def _gains(
     own: Sequence[StageResult], metric: str, baseline: str, results: Sequence[StageResult]
-) -> str:
+) -> list[float]:
     base = {r.seed: _numbers(r) for r in results if r.stage == baseline}
-    differences = [
+    return [
         _numbers(result)[metric] - base[result.seed][metric]
         for result in own
         if metric in base.get(result.seed, {}) and metric in _numbers(result)
     ]
-    return _percent(differences, sign="+") if differences else ""
 
 
 def _numbers(result: StageResult) -> Numbers:
@@ -82,6 +92,19 @@ def _percent(values: Sequence[float], sign: str = "") -> str:
         return ""
     spread = f" ± {stdev(values) * 100:.2f}" if len(values) > 1 else ""
     return f"{mean(values) * 100:{sign}.2f}{spread} %"
+
+
+def _plain(values: Sequence[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.4f}{spread}"
+
+
+def _is_one_of(name: str, metrics: Collection[str]) -> bool:
+    """Whether a measurement is of one of the metrics, whatever prefix and part its name has."""
+    plain = name.partition("/")[0]
+    return any(plain == metric or plain.endswith(f".{metric}") for metric in metrics)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,7 @@ class Choice:
         model: ``student``, a teacher's name in the stage, or a model's name in the file.
         stage: by default the last.
         seed: by default the first.
-        weights: ``last`` or ``best``, of what the run trained; by default what the stage kept.
+        weights: ``last``, ``best`` or ``ema``, of what the run trained; by default what the stage kept.
     """
 
     model: str = "student"
@@ -47,7 +47,12 @@ def find_stage(experiment: Experiment, name: str | None) -> Stage:
 
 
 def trained_model(
-    experiment: Experiment, registry: Registry, choice: Choice, directory: Path | None
+    experiment: Experiment,
+    registry: Registry,
+    choice: Choice,
+    directory: Path | None,
+    *,
+    allow_remote_code: bool = False,
 ) -> tuple[nn.Module, str]:
     """Build a model with its weights, on the CPU in eval mode, and say where they come from.
 
@@ -56,9 +61,11 @@ def trained_model(
         registry: where components are found.
         choice: which model.
         directory: the run's folder; without one, weights are those the file names.
+        allow_remote_code: whether the model may fetch code from elsewhere and run it.
 
     Raises:
         UsageError: if there is no such model.
+        ConfigError: if it cannot be built, or runs code from elsewhere without being allowed to.
         StorageError: if the run has not trained it yet.
     """
     stage = find_stage(experiment, choice.stage)
@@ -67,7 +74,8 @@ def trained_model(
     if seed not in experiment.seeds:
         known = ", ".join(map(str, experiment.seeds))
         raise UsageError(f"{experiment.document.file} has no seed {seed} (seeds: {known})")
-    model = Builder(experiment, registry).model(name, seed).eval()
+    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
+    model = builder.model(name, seed).eval()
     trained = _stages_that_train(experiment, stage, name) if directory is not None else []
     if directory is None or not trained:
         origin = experiment.models[name].checkpoint

@@ -4,7 +4,7 @@ import torchvision
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
-from distill_datasets_vision import Digits, distill_datasets
+from distill_datasets_vision import Digits, ImageFiles, ImageMaskFolders, distill_datasets
 
 
 def test_every_torchvision_data_set_is_offered_by_its_name():
@@ -15,7 +15,11 @@ def test_every_torchvision_data_set_is_offered_by_its_name():
         and issubclass(member, Dataset)
         and member not in (VisionDataset, torchvision.datasets.DatasetFolder)
     }
-    assert distill_datasets() == {**concrete, "Digits": Digits}
+    own = {"Digits": Digits, "ImageFiles": ImageFiles, "ImageMaskFolders": ImageMaskFolders}
+    offered = distill_datasets()
+    assert offered.keys() == concrete.keys() | own.keys()
+    assert all(offered[name] is own[name] for name in own)
+    assert all(offered[name].__name__ == name for name in concrete)
     assert {"CIFAR10", "CIFAR100", "ImageFolder", "ImageNet", "FakeData"} <= concrete.keys()
 
 

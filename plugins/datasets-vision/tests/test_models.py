@@ -8,9 +8,10 @@ import torchvision.models as tv
 from torch import nn
 
 from distill_datasets_vision import DigitsStudent, DigitsTeacher, distill_models
+from distill_datasets_vision.models import torchvision_models
 
 MODELS = distill_models()
-TORCHVISION = sorted(MODELS.keys() - {"DigitsStudent", "DigitsTeacher"})
+TORCHVISION = sorted(torchvision_models())
 # A parameter that only `**kwargs` of a builder shows, with a value to give it.
 HIDDEN = {
     "backend": "qnnpack",
@@ -53,7 +54,7 @@ def one_model_of_each_class():
 
 
 def test_every_registered_model_is_offered_by_its_name():
-    assert set(TORCHVISION) == set(tv.list_models())
+    assert set(TORCHVISION) == set(tv.list_models()) < set(MODELS)
     assert MODELS["DigitsStudent"] is DigitsStudent
     assert MODELS["DigitsTeacher"] is DigitsTeacher
 

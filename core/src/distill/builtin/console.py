@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import TextIO
 
-from distill import EpochEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
+from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
 
 SECONDS_BETWEEN_PLAIN_LINES = 30
 
@@ -74,6 +74,11 @@ class Console(Observer):
         elif monotonic() - self._last_line > SECONDS_BETWEEN_PLAIN_LINES:
             self._line(text)
 
+    def evaluation_end(self, event: EvaluationEnd) -> None:
+        """Show what the student reaches in the middle of an epoch."""
+        best = "  best" if event.is_best else ""
+        self._line(f"  step {event.position.step:,}  {_metrics(event.metrics)}{best}")
+
     def epoch_end(self, event: EpochEnd) -> None:
         """Show the epoch's means and what the student reaches."""
         measured = f"  {_metrics(event.metrics)}" if event.metrics else ""
@@ -83,6 +88,12 @@ class Console(Observer):
             f"  lr {event.lr:.3g}  {event.samples_per_second:,.0f} samples/s"
             f"  {event.seconds:.1f} s{best}"
         )
+        if event.overflows:
+            left_out = _count(event.overflows, "step")
+            self._line(f"    {left_out} left out: the gradient overflowed fp16, the scale is lowered")
+        if event.skipped:
+            index, why = next(iter(event.skipped.items()))
+            self._line(f"    {_count(len(event.skipped), 'sample')} skipped, e.g. {index}: {why}")
 
     def stage_end(self, event: StageEnd) -> None:
         """Show the test result and where the student lies."""
@@ -114,7 +125,9 @@ def _losses(losses: Mapping[str, float]) -> str:
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    # Parts of a metric (of each class, say) are for the files; there may be hundreds.
+    shown = [name for name in metrics if "/" not in name or name.endswith("/mean")]
+    return " ".join(f"{name} {metrics[name]:.4f}" for name in shown)
 
 
 def _duration(seconds: float) -> str:

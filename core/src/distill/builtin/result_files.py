@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from distill import EpochEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
+from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -41,6 +41,13 @@ class ResultFiles(Observer):
             losses=event.losses,
             lr=event.lr,
             samples_per_second=event.samples_per_second,
+            weights=event.weights,
+        )
+
+    def evaluation_end(self, event: EvaluationEnd) -> None:
+        """Record a measurement in the middle of an epoch."""
+        self._record(
+            "evaluation", event, stage=event.stage, metrics=event.metrics, is_best=event.is_best
         )
 
     def epoch_end(self, event: EpochEnd) -> None:
@@ -55,6 +62,8 @@ class ResultFiles(Observer):
             seconds=event.seconds,
             samples_per_second=event.samples_per_second,
             is_best=event.is_best,
+            skipped={str(index): why for index, why in event.skipped.items()},
+            overflows=event.overflows,
         )
         self._metrics.flush()
 

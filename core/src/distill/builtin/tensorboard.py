@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from distill import EpochEnd, Observer, RunEnd, RunStart, StepEnd
+from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StepEnd
 
 
 class TensorBoard(Observer):
@@ -24,7 +24,13 @@ class TensorBoard(Observer):
         writer = self._writer(event.position.seed, event.stage)
         self._scalars(writer, "step", event.losses, event.position.step)
         speed = event.samples_per_second
+        self._scalars(writer, "weight", event.weights, event.position.step)
         writer.add_scalar("speed/samples_per_second", speed, event.position.step)
+
+    def evaluation_end(self, event: EvaluationEnd) -> None:
+        """Write a measurement in the middle of an epoch, over steps."""
+        writer = self._writer(event.position.seed, event.stage)
+        self._scalars(writer, "validation at step", event.metrics, event.position.step)
 
     def epoch_end(self, event: EpochEnd) -> None:
         """Write an epoch's losses, metrics and learning rate."""

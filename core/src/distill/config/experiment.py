@@ -200,8 +200,8 @@ class Scheduler:
 class Clip:
     """Bounds of the gradient: of its norm over all parameters, and of each element."""
 
-    norm: float | None
-    value: float | None
+    norm: float | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,17 @@ class Stage:
     keep: Literal["last", "best", "ema"]
     origins: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def decisive(self) -> str | None:
+        """The name of the measurement that tells which weights are best."""
+        return self.best_by or next((metric.name for metric in self.metrics), None)
+
+    def metric(self, name: str) -> Metric:
+        """Return the metric that a measurement is of, whatever prefix and part its name has."""
+        plain = name.partition("/")[0]
+        fitting = [m for m in self.metrics if plain == m.name or plain.endswith(f".{m.name}")]
+        return max(fitting, key=lambda metric: len(metric.name))
 
 
 @dataclass(frozen=True)

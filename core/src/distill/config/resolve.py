@@ -149,7 +149,7 @@ def _stage(resolver: Resolver, draft: StageDraft) -> Stage:
         criterion=_criterion(resolver, draft),
         optimizer=optimizer(draft),
         schedulers=schedulers(resolver, draft),
-        clip=Clip((values["clip"] or {}).get("norm"), (values["clip"] or {}).get("value")),
+        clip=Clip(**(values["clip"] or {})),
         precision=values["precision"],
         channels_last=values["channels_last"],
         compile=tuple(values["compile"]),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
+
+IMAGES = 4
+"""Dimensions of a batch of images, which may lie in memory with the channels last."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,12 @@ class Batch:
         targets: labels (B,), masks (B, H, W) ...; ``None`` where there are none.
         index: positions in the data set, int64 (B,).
         extras: further values by key.
-        share: weight of this process's part, ``len(batch) * processes / global batch size``; the
-            mean over processes of ``share * loss`` is the mean loss of the global batch.
+        share: weight of this process's part, ``len(batch) * processes / samples of the step``: the
+            mean over processes of ``share * loss``, added up over the batches of a step, is the
+            mean loss of the step's samples.
+        ends_step: whether the weights are updated after this batch.
+        lead: so many samples in front belong to another process's part.
+        skipped: samples that could not be read, with the reason.
     """
 
     inputs: Any
@@ -45,25 +52,41 @@ class Batch:
     index: torch.Tensor
     extras: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    ends_step: bool = True
+    lead: int = 0
+    skipped: Sequence[tuple[int, str]] = ()
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Return the batch with every tensor on ``device``."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+    def to(
+        self,
+        device: torch.device | str,
+        *,
+        non_blocking: bool = False,
+        memory_format: torch.memory_format | None = None,
+    ) -> Batch:
+        """Return the batch with every tensor on ``device``, images in ``memory_format``."""
+        placed = self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        if memory_format is None:
+            return placed
+        inputs = map_tensors(
+            lambda t: t.contiguous(memory_format=memory_format) if t.dim() == IMAGES else t,
+            placed.inputs,
+        )
+        return replace(placed, inputs=inputs)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by the DataLoader)."""
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(
-            map_tensors(function, self.inputs),
-            map_tensors(function, self.targets),
-            function(self.index),
-            map_tensors(function, self.extras),
-            self.share,
+        return replace(
+            self,
+            inputs=map_tensors(function, self.inputs),
+            targets=map_tensors(function, self.targets),
+            index=function(self.index),
+            extras=map_tensors(function, self.extras),
         )
 
 

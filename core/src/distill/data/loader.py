@@ -2,181 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from distill import distributed, randomness
-from distill.data.batch import Batch, Sample, collate
+from distill.data.batch import Batch, Sample
+from distill.data.plan import Key, Plan
+from distill.data.source import Source
+from distill.data.worker_reading import IDLE, Reading
 from distill.errors import DataError
 
-WORKER_TIMEOUT = 600
-"""Seconds after which a loader worker that gives nothing ends the run."""
+EVALUATION = -1
+"""The epoch that evaluation draws as."""
+LONGEST_GAP = 100
+"""So many unreadable samples in a row end a run that skips them."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A named data set with its transforms, ready to be read.
+class Loading:
+    """How samples are read.
 
     Attributes:
-        name: its name in the experiment file.
-        dataset: items are ``(input, target)`` or ``Sample``.
-        transforms: applied to the input in order.
+        workers: loader processes of this process.
+        prefetch: batches each of them prepares ahead.
+        pin_memory: whether batches lie in page-locked memory.
+        timeout: seconds to wait for a worker.
+        on_bad_sample: what becomes of one that cannot be read. Skipped while training, its place
+            goes to the next one of the data set that can be read, so that all processes still
+            take equal steps; skipped in an evaluation, it does not count.
     """
 
-    name: str
-    dataset: Any
-    transforms: Sequence[Callable[[Any], Any]] = ()
-
-    def __len__(self) -> int:
-        return len(cast(Sized, self.dataset))
-
-    @property
-    def classes(self) -> list[str] | None:
-        """Names of the classes if the data set tells them."""
-        classes = getattr(self.dataset, "classes", None)
-        if isinstance(classes, (list, tuple)) and all(isinstance(c, str) for c in classes):
-            return list(classes)
-        return None
-
-    def read(self, index: int) -> Sample:
-        """Return one sample, transformed.
-
-        Raises:
-            DataError: if the data set or a transform fails; the message names the sample.
-        """
-        try:
-            item = self.dataset[index]
-            sample = item if isinstance(item, Sample) else Sample(item[0], item[1])
-            value = sample.input
-            for transform in self.transforms:
-                value = transform(value)
-        except Exception as error:
-            raise DataError(
-                f"data set '{self.name}': sample {index} cannot be read: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        return replace(sample, input=value, index=index)
-
-
-@dataclass(frozen=True)
-class _Seeded(Dataset[Sample | DataError]):
-    """A source whose sample ``index`` looks the same whenever it is read in this epoch.
-
-    An error is handed on as a value: raised in a worker, it would arrive wrapped in a traceback.
-    """
-
-    source: Source
-    seed: int
-    epoch: int
-
-    def __getitem__(self, index: int) -> Sample | DataError:
-        randomness.seed_sample(self.seed, self.epoch, index)
-        try:
-            return self.source.read(index)
-        except DataError as error:
-            return DataError(str(error))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which samples each process sees in which step; the same on every process.
-
-    Attributes:
-        size: samples in the data set.
-        batch_size: the global one.
-        drop_last: whether to leave out an incomplete last batch.
-    """
-
-    size: int
-    batch_size: int
-    drop_last: bool = False
-
-    @property
-    def steps(self) -> int:
-        """Steps an epoch."""
-        full, rest = divmod(self.size, self.batch_size)
-        return full + bool(rest and not self.drop_last)
-
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """Return the epoch's permutation of the samples."""
-        generator = torch.Generator().manual_seed(randomness.derive(seed, "order", epoch))
-        return torch.randperm(self.size, generator=generator).tolist()
-
-    def batches(self, seed: int, epoch: int, first_step: int = 0) -> list[list[int]]:
-        """Return the samples of each global batch from ``first_step`` on."""
-        order = self.order(seed, epoch)
-        starts = range(first_step * self.batch_size, self.size, self.batch_size)
-        return [order[s : s + self.batch_size] for s in starts][: self.steps - first_step]
+    workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    timeout: float = 600
+    on_bad_sample: Literal["raise", "skip"] = "raise"
 
 
 def training_batches(
     source: Source,
     plan: Plan,
+    loading: Loading = Loading(),  # noqa: B008: frozen
     *,
     seed: int,
     epoch: int,
-    first_step: int = 0,
-    workers: int = 0,
-    pin_memory: bool = False,
+    lead: int = 0,
 ) -> Iterator[Batch]:
-    """Yield this process's part of each global batch of one epoch."""
-    parts = [_share(batch) for batch in plan.batches(seed, epoch, first_step)]
-    loader = _loader(source, [part for part, _ in parts], seed, epoch, workers, pin_memory)
-    for batch, (_, share) in zip(_batches(loader), parts, strict=True):
-        yield batch if share == 1.0 else replace(batch, share=share)
+    """Yield this process's part of each global batch of one epoch.
+
+    Raises:
+        DataError: if a sample cannot be read or put into a batch, or a worker dies or hangs.
+    """
+    parts = list(plan.parts(seed, epoch, lead))
+    batches = _batches(source, [part.keys for part in parts], loading, seed, epoch)
+    for batch, part in zip(batches, parts, strict=True):
+        yield replace(batch, share=part.share, lead=part.lead, ends_step=part.ends_step)
 
 
 def evaluation_batches(
-    source: Source, batch_size: int, *, seed: int, workers: int = 0, pin_memory: bool = False
+    source: Source,
+    batch_size: int,
+    loading: Loading = Loading(),  # noqa: B008: frozen
+    *,
+    seed: int,
+    in_step: bool = False,
 ) -> Iterator[Batch]:
-    """Yield this process's part of the data set in its own order; no sample comes twice."""
-    own = range(distributed.rank(), len(source), distributed.world_size())
-    local = max(1, batch_size // distributed.world_size())
-    parts = [list(own[start : start + local]) for start in range(0, len(own), local)]
-    return _batches(_loader(source, parts, seed, -1, workers, pin_memory))
+    """Yield this process's part of the data set in its own order; no sample counts twice.
+
+    With ``in_step`` all processes get the same number of batches: those that have no sample left
+    get one with a share of 0, which is to be run and not counted.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+    local = max(1, batch_size // world)
+    own = range(rank, len(source), world)
+    parts = [[(i, 0) for i in own[start : start + local]] for start in range(0, len(own), local)]
+    most = -(-len(range(0, len(source), world)) // local)  # of process 0
+    fill = most - len(parts) if in_step else 0
+    batches = _batches(source, [*parts, *[[(0, 0)]] * fill], loading, seed, EVALUATION)
+    for number, batch in enumerate(batches):
+        yield batch if number < len(parts) else replace(batch, share=0.0)
 
 
 def sample_batch(source: Source, size: int, seed: int) -> Batch:
     """Return the first ``size`` samples, or as many as there are."""
-    loader = _loader(source, [list(range(min(size, len(source))))], seed, 0, 0, False)
-    return next(_batches(loader))
+    keys = [(index, 0) for index in range(min(size, len(source)))]
+    return next(_batches(source, [keys], Loading(), seed, 0))
 
 
-def _share(batch: list[int]) -> tuple[list[int], float]:
-    """Return this process's samples of a global batch and their weight.
+@dataclass(frozen=True)
+class _Item:
+    """A sample, what stands in for an unreadable one, or the reason why there is none.
 
-    A process for which a trailing batch has nothing left takes a sample with weight zero, so that
-    all processes take the same number of steps.
+    An error is handed on as a value: raised in a worker, it would arrive wrapped in a traceback.
     """
-    world = distributed.world_size()
-    own = batch[distributed.rank() :: world]
-    return (own, len(own) * world / len(batch)) if own else (batch[:1], 0.0)
+
+    sample: Sample | None
+    error: str = ""
+    skipped: tuple[tuple[int, str], ...] = ()
 
 
-def _loader(
-    source: Source,
-    parts: list[list[int]],
-    seed: int,
-    epoch: int,
-    workers: int,
-    pin_memory: bool,
-) -> DataLoader[Any]:
-    return DataLoader(
-        _Seeded(source, seed, epoch),
+@dataclass(frozen=True)
+class _Seeded(Dataset[_Item]):
+    """A source whose samples look the same whenever they are read at one place of the run."""
+
+    source: Source
+    seed: int
+    epoch: int
+    skips: bool
+    reading: Reading
+
+    def __getitem__(self, key: Key) -> _Item:
+        skipped: list[tuple[int, str]] = []
+        index, repeat = key
+        while True:
+            self.reading.note(index)
+            randomness.seed_sample(self.seed, self.epoch, index, repeat)
+            try:
+                return _Item(self.source.read(index), skipped=tuple(skipped))
+            except DataError as error:
+                if not self.skips:
+                    return _Item(None, str(error))
+                skipped.append((index, str(error)))
+            finally:
+                self.reading.note(IDLE)
+            if self.epoch == EVALUATION:
+                return _Item(None, skipped=tuple(skipped))
+            if len(skipped) == min(LONGEST_GAP, len(self.source)):
+                return _Item(
+                    None, f"{len(skipped)} samples in a row cannot be read: {skipped[-1][1]}"
+                )
+            index = (index + 1) % len(self.source)
+
+
+def _batches(
+    source: Source, parts: list[list[Key]], loading: Loading, seed: int, epoch: int
+) -> Iterator[Batch]:
+    reading = Reading(loading.workers)
+    loader = DataLoader(
+        _Seeded(source, seed, epoch, loading.on_bad_sample == "skip", reading),
         batch_sampler=parts,
-        num_workers=workers,
-        collate_fn=_Collate(source.name),
-        pin_memory=pin_memory,
-        timeout=WORKER_TIMEOUT if workers else 0,
+        num_workers=loading.workers,
+        collate_fn=_Collate(source),
+        pin_memory=loading.pin_memory,
+        timeout=loading.timeout if loading.workers else 0,
+        prefetch_factor=loading.prefetch if loading.workers else None,
         generator=torch.Generator().manual_seed(0),  # or the loader draws from the global one
     )
-
-
-def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
     iterator = iter(loader)
     while True:
         try:
@@ -184,8 +159,8 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
         except StopIteration:
             return
         except RuntimeError as error:  # a worker died or hangs
-            text = str(error).splitlines()[0]
-            raise DataError(f"data set '{loader.dataset.source.name}': {text}") from error  # type: ignore[attr-defined]
+            text = reading.explain(str(error).splitlines()[0], loading.timeout)
+            raise DataError(f"data set '{source.name}': {text}") from error
         if isinstance(batch, DataError):
             raise batch
         yield batch
@@ -195,21 +170,24 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
 class _Collate:
     """Puts samples together; picklable, and names the data set in errors."""
 
-    name: str
+    source: Source
 
-    def __call__(self, samples: list[Sample | DataError]) -> Batch | DataError:
-        good = []
-        for sample in samples:
-            if isinstance(sample, DataError):
-                return sample
-            good.append(sample)
+    def __call__(self, items: list[_Item]) -> Batch | DataError:
+        errors = [item.error for item in items if item.error]
+        samples = [item.sample for item in items if item.sample is not None]
+        skipped = tuple(pair for item in items for pair in item.skipped)
+        if errors:
+            return DataError(errors[0])
+        if not samples:
+            return DataError(f"no sample of a batch can be read: {skipped[-1][1]}")
         try:
-            return collate(good)
+            batch = self.source.collate(samples)
         except (TypeError, RuntimeError, ValueError, LookupError) as error:
             return DataError(
-                f"data set '{self.name}': samples cannot be put into a batch: "
-                + _collate_hint(good[0].input, error)
+                f"data set '{self.source.name}': samples cannot be put into a batch: "
+                + _collate_hint(samples[0].input, error)
             )
+        return replace(batch, skipped=skipped) if skipped else batch
 
 
 def _collate_hint(value: Any, error: Exception) -> str:

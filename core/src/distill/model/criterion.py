@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from distill.model.weight_schedule import WeightSchedule
 from distill.model.wiring import Call, Values
 
 TOTAL = "total"
@@ -17,13 +18,26 @@ class Criterion(nn.Module):
 
     Args:
         terms: the losses and where their arguments come from.
-        weights: name -> factor in the total.
+        weights: name -> factor in the total, or its schedule.
+
+    Attributes:
+        weights: name -> the factor now.
+        is_scheduled: whether some weight changes over the stage.
     """
 
-    def __init__(self, terms: Sequence[Call], weights: Mapping[str, float]):
+    def __init__(self, terms: Sequence[Call], weights: Mapping[str, float | WeightSchedule]):
         super().__init__()
         self.modules_of_terms = nn.ModuleList(term.module for term in terms)
-        self._terms = [(term, weights[term.name]) for term in terms]
+        self._terms = tuple(terms)
+        self._schedules = {n: w for n, w in weights.items() if isinstance(w, WeightSchedule)}
+        self.weights = {n: w for n, w in weights.items() if not isinstance(w, WeightSchedule)}
+        self.is_scheduled = bool(self._schedules)
+        self.set_position(0, 0)
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """Weigh the terms as in an epoch and step of the stage, both counted from 0."""
+        for name, schedule in self._schedules.items():
+            self.weights[name] = schedule.at(epoch, step)
 
     def forward(self, values: Values) -> dict[str, torch.Tensor]:
         """Return each term's scalar under its name, unweighted, and their sum as ``total``."""
@@ -33,12 +47,13 @@ class Criterion(nn.Module):
 
     def terms(self, values: Values) -> dict[str, torch.Tensor]:
         """Return each term under its name, unweighted."""
-        return {term.name: term(values) for term, _ in self._terms}
+        return {term.name: term(values) for term in self._terms}
 
     def total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted sum of the terms."""
         total: torch.Tensor | None = None
-        for term, weight in self._terms:
+        for term in self._terms:
+            weight = self.weights[term.name]
             weighted = losses[term.name] if weight == 1.0 else losses[term.name] * weight
             total = weighted if total is None else total + weighted
         assert total is not None, "a criterion has at least one term"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import nn
 from distill import randomness
 from distill.config.experiment import Component, Experiment
 from distill.config.yaml_document import Path as ConfigPath
-from distill.data.loader import Source
+from distill.data.batch import collate
+from distill.data.source import Source
 from distill.errors import ConfigError, DataError, Fault, PluginError
 from distill.registry import SINGULAR, Registry
 from distill.signature import Problem, bind
@@ -25,19 +26,27 @@ class Builder:
     Args:
         experiment: the description.
         registry: where components are found.
+        allow_remote_code: whether to build components that fetch code from elsewhere and run it.
     """
 
-    def __init__(self, experiment: Experiment, registry: Registry):
+    def __init__(
+        self, experiment: Experiment, registry: Registry, *, allow_remote_code: bool = False
+    ):
         self.experiment = experiment
         self.registry = registry
+        self.allow_remote_code = allow_remote_code
 
     def component(self, kind: str, component: Component, *provided: Any) -> Any:
         """Build one component; ``provided`` are the arguments core gives it.
 
         Raises:
-            ConfigError: if its name is unknown, its parameters do not fit, or it refuses them.
+            ConfigError: if its name is unknown, its parameters do not fit, or it refuses them; or
+                if it runs code from elsewhere and that is not allowed.
         """
         factory, arguments = self._bind(kind, component, len(provided))
+        refused = self.refused(kind, component)
+        if refused is not None:
+            raise ConfigError([refused])
         try:
             return factory(*provided, **arguments)
         except (MemoryError, torch.OutOfMemoryError):
@@ -53,6 +62,17 @@ class Builder:
         except ConfigError as error:
             return list(error.faults)
         return []
+
+    def refused(self, kind: str, component: Component) -> Fault | None:
+        """Return the fault that a component runs code from elsewhere, unless that is allowed."""
+        if self.allow_remote_code:
+            return None
+        try:
+            factory = self.registry.find(kind, component.type).factory
+        except PluginError:  # a fault of its own
+            return None
+        message = remote_code_refusal(component.type, factory, component.params)
+        return self.experiment.fault(component.path, message) if message else None
 
     def components(self, kind: str, components: Sequence[Component]) -> list[Any]:
         """Build several components of one kind."""
@@ -91,8 +111,12 @@ class Builder:
                 if isinstance(error.__cause__, (OSError, RuntimeError)):
                     raise DataError(str(error)) from error
                 raise
+            for wrapper in spec.wrappers:
+                dataset = self.component("dataset_wrappers", wrapper, dataset)
+            joint = self.components("transforms", spec.joint_transforms)
             transforms = self.components("transforms", spec.transforms)
-        source = Source(name, dataset, transforms)
+            put_together = self.component("collates", spec.collate) if spec.collate else collate
+        source = Source(name, dataset, transforms, joint, put_together)
         if len(source) == 0:
             fault = self.experiment.fault(path, "the data set is empty")
             raise DataError(str(fault))
@@ -123,6 +147,18 @@ class Builder:
             if isinstance(error, TypeError) and f"'{key}'" in text:
                 return (*component.path, "params", key), f"{component.type}: {text}"
         return component.path, f"{component.type} cannot be built: {text}"
+
+
+def remote_code_refusal(name: str, factory: Any, params: Mapping[str, Any]) -> str | None:
+    """Return why a factory that runs code from elsewhere is not called; ``None`` for others."""
+    describe = getattr(factory, "remote_code", None)
+    if describe is None:
+        return None
+    try:
+        source = describe(params)
+    except Exception:  # foreign code, and parameters that need not fit: refused all the same
+        source = "a place that it does not tell"
+    return f"{name} runs code from {source}; allow it with --allow-remote-code"
 
 
 def _on_meta() -> bool:

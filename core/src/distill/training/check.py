@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from distill.config.experiment import Component, Experiment, Stage
+from distill.config.experiment import Component, Experiment, Metric, Stage
 from distill.errors import ConfigError, Fault
 from distill.registry import Registry
 from distill.training.build import Builder
-from distill.training.optimizer import build_scheduler
+from distill.training.metrics import compares_with
+from distill.training.optimizer import build_schedule
+from distill.training.parameter_groups import parameter_groups
 from distill.training.stage import Parts, assemble
 
 META = torch.device("meta")
 T = TypeVar("T")
 
 
-def check(experiment: Experiment, registry: Registry) -> list[Fault]:
+def check(
+    experiment: Experiment, registry: Registry, *, allow_remote_code: bool = False
+) -> list[Fault]:
     """Return all faults of components, parameters and references.
 
     Models, losses and auxiliary modules are built without memory; no data, checkpoint or weights
-    are read.
+    are read. What runs code from elsewhere is built only where that is allowed. Not to be allowed
+    is no fault; what refers to it is not checked.
     """
-    checker = _Checker(Builder(experiment, registry))
+    checker = _Checker(Builder(experiment, registry, allow_remote_code=allow_remote_code))
     with META:
         checker.run()
-    return checker.faults
+    refused = set() if allow_remote_code else set(refusals(experiment, registry))
+    return [fault for fault in checker.faults if fault not in refused]
+
+
+def refusals(experiment: Experiment, registry: Registry) -> list[Fault]:
+    """Return as faults which components run code from elsewhere, each one once."""
+    builder = Builder(experiment, registry)
+    refused = [builder.refused(kind, component) for kind, component in _components(experiment)]
+    return list(dict.fromkeys(fault for fault in refused if fault is not None))
 
 
 class _Checker:
@@ -38,8 +53,8 @@ class _Checker:
         self.faults: list[Fault] = []
 
     def run(self) -> None:
-        for kind, component in _opened_later(self.experiment):
-            self.faults += self.builder.faults(kind, component)
+        for kind, component, provided in _opened_later(self.experiment):
+            self.faults += self.builder.faults(kind, component, provided)
         for kind, component in _built_at_once(self.experiment):
             self._attempt(self.builder.component, kind, component)
         models = {
@@ -49,6 +64,7 @@ class _Checker:
         parts: Parts = {}
         for stage in self.experiment.stages:
             self._stage(stage, built, parts)
+        self._test_metrics()
 
     def _stage(self, stage: Stage, models: dict[str, nn.Module], parts: Parts) -> None:
         used = [stage.student.model, *(teacher.model for teacher in stage.teachers.values())]
@@ -57,22 +73,48 @@ class _Checker:
             self.faults += assembly.faults
             if assembly.distiller is not None:
                 assembly.distiller.release()
+            if stage.optimizer.component.type and not assembly.faults:
+                self._attempt(parameter_groups, self.builder, stage, assembly.trained())
         else:
             for kind, component in _wired(stage):
                 self.faults += self.builder.faults(kind, component)
-        if stage.optimizer.type:  # else it is missing, which is a fault of the frame
+        if stage.optimizer.component.type:  # else it is missing, which is a fault of the frame
             self._optimization(stage)
+        self._metrics(stage)
 
     def _optimization(self, stage: Stage) -> None:
         # With memory and two dimensions, since some optimizers refuse what has not.
         parameters = [nn.Parameter(torch.zeros(1, 1, device="cpu"))]
-        optimizer = self._attempt(self.builder.component, "optimizers", stage.optimizer, parameters)
-        if stage.scheduler is None:
-            return
-        if optimizer is None:
-            self.faults += self.builder.faults("schedulers", stage.scheduler, provided=1)
-        else:
-            self._attempt(build_scheduler, self.builder, stage, optimizer)
+        optimizer = self._attempt(
+            self.builder.component, "optimizers", stage.optimizer.component, parameters
+        )
+        # One by one, so that each one's faults are told.
+        for entry in stage.schedulers:
+            if optimizer is None:
+                self.faults += self.builder.faults("schedulers", entry.component, provided=1)
+            else:
+                alone = replace(stage, schedulers=(replace(entry, until=None),))
+                self._attempt(build_schedule, self.builder, alone, optimizer)
+
+    def _metrics(self, stage: Stage) -> None:
+        """Build a stage's metrics; one that compares with a teacher needs that teacher."""
+        for entry in stage.metrics:
+            metric = self._attempt(self.builder.component, "metrics", entry.component)
+            role = compares_with(metric) if metric is not None else None
+            if role is not None and role not in stage.teachers:
+                self._fault(entry, f"stage '{stage.name}' has no teacher '{role}' to compare with")
+
+    def _test_metrics(self) -> None:
+        """The same for the test, where a stage without the teacher leaves the metric out."""
+        roles = {role for stage in self.experiment.stages for role in stage.teachers}
+        for entry in self.experiment.test.metrics if self.experiment.test else ():
+            metric = self._attempt(self.builder.component, "metrics", entry.component)
+            role = compares_with(metric) if metric is not None else None
+            if role is not None and role not in roles:
+                self._fault(entry, f"no stage has a teacher '{role}' to compare with")
+
+    def _fault(self, metric: Metric, message: str) -> None:
+        self.faults.append(self.experiment.fault(metric.component.path, message))
 
     def _attempt(self, function: Callable[..., T], *args: Any) -> T | None:
         try:
@@ -82,12 +124,37 @@ class _Checker:
             return None
 
 
-def _opened_later(experiment: Experiment) -> Iterator[tuple[str, Component]]:
-    """Yield the components whose building may read files."""
+def _opened_later(experiment: Experiment) -> Iterator[tuple[str, Component, int]]:
+    """Yield components whose building may read files or data, and how many arguments are given."""
     for dataset in experiment.datasets.values():
-        yield "datasets", dataset.component
+        yield "datasets", dataset.component, 0
+        for wrapper in dataset.wrappers:
+            yield "dataset_wrappers", wrapper, 1
+    for stage in experiment.stages:
+        if stage.data.sampler:
+            yield "samplers", stage.data.sampler, 1
+        if stage.data.batch_sampler:
+            yield "batch_samplers", stage.data.batch_sampler, 2
     for observer in experiment.observers:
-        yield "observers", observer
+        yield "observers", observer, 0
+
+
+def _components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
+    """Yield every component of the file; an inherited one once for each stage."""
+    for kind, component, _ in _opened_later(experiment):
+        yield kind, component
+    yield from _built_at_once(experiment)
+    for model in experiment.models.values():
+        yield "models", model.component
+    for stage in experiment.stages:
+        yield from _wired(stage)
+        yield "optimizers", stage.optimizer.component
+        for entry in stage.schedulers:
+            yield "schedulers", entry.component
+    measured = [*(stage.metrics for stage in experiment.stages)]
+    measured += [experiment.test.metrics] if experiment.test else []
+    for metric in chain.from_iterable(measured):
+        yield "metrics", metric.component
 
 
 def _wired(stage: Stage) -> Iterator[tuple[str, Component]]:
@@ -99,11 +166,10 @@ def _wired(stage: Stage) -> Iterator[tuple[str, Component]]:
 
 def _built_at_once(experiment: Experiment) -> Iterator[tuple[str, Component]]:
     for dataset in experiment.datasets.values():
-        for transform in dataset.transforms:
+        for transform in (*dataset.joint_transforms, *dataset.transforms):
             yield "transforms", transform
+        if dataset.collate:
+            yield "collates", dataset.collate
     for stage in experiment.stages:
-        for metric in stage.metrics:
-            yield "metrics", metric
-    if experiment.test is not None:
-        for metric in experiment.test.metrics:
-            yield "metrics", metric
+        for transform in stage.data.batch_transforms:
+            yield "batch_transforms", transform

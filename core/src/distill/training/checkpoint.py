@@ -18,11 +18,11 @@ from distill.errors import StorageError
 FORMAT = 1
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
+def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a module's state dict as safetensors that load strictly into its class."""
     # Clones part tied weights, which the format refuses.
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-    write_atomically(path, lambda file: safetensors.torch.save_file(state, file))
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    write_atomically(path, lambda file: safetensors.torch.save_file(plain, file))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

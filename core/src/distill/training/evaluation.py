@@ -2,60 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from distill.data.batch import Batch
-from distill.data.loader import Source, evaluation_batches
-from distill.training.metrics import Metric, merge_over_ranks
+from distill.data.loader import Loading, evaluation_batches
+from distill.data.source import Source
+from distill.training.metrics import Metric, merge_over_ranks, takes_teachers, values_by_name
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """How models are run for their metrics.
+
+    Attributes:
+        batch_size: over all processes.
+        device: where the models are.
+        seed: of transforms that draw.
+        autocast: reduced precision to run in.
+        memory_format: of images.
+        in_step: whether all processes must run the same number of batches.
+    """
+
+    batch_size: int
+    device: torch.device
+    seed: int = 0
+    loading: Loading = field(default_factory=Loading)
+    autocast: torch.dtype | None = None
+    memory_format: torch.memory_format | None = None
+    in_step: bool = False
 
 
 def evaluate(
     model: nn.Module,
     source: Source,
     metrics: Mapping[str, Metric],
-    *,
-    batch_size: int,
-    device: torch.device,
-    seed: int = 0,
-    workers: int = 0,
-    autocast: torch.dtype | None = None,
+    how: Evaluating,
+    teachers: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, float]:
-    """Return each metric's value by name; the model is in eval mode meanwhile.
+    """Return each metric's value by name; the models are in eval mode meanwhile.
 
     Args:
         model: called with ``batch.inputs``.
         source: the data.
         metrics: by name; reset first.
-        batch_size: over all processes.
-        device: where the model is.
-        seed: of transforms that draw.
-        workers: loader processes.
-        autocast: reduced precision to run in.
+        how: batches, device, precision.
+        teachers: by role, for metrics that compare with them; run only if there is one.
     """
     for metric in metrics.values():
         metric.reset()
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+        if hasattr(metric, "classes"):
+            metric.classes = source.classes
+    comparing = [metric for metric in metrics.values() if takes_teachers(metric)]
+    plain = [metric for metric in metrics.values() if metric not in comparing]
+    needed = teachers if teachers and comparing else {}
     batches = evaluation_batches(
-        source, batch_size, seed=seed, workers=workers, pin_memory=device.type == "cuda"
+        source, how.batch_size, how.loading, seed=how.seed, in_step=how.in_step
     )
+    enabled = how.autocast is not None
+    with (
+        _in_eval_mode([model, *needed.values()]),
+        torch.no_grad(),
+        torch.autocast(how.device.type, how.autocast, enabled=enabled),
+    ):
+        for batch in batches:
+            placed = batch.to(how.device, non_blocking=True, memory_format=how.memory_format)
+            output = model(placed.inputs)
+            outputs = {role: teacher(placed.inputs) for role, teacher in needed.items()}
+            if not placed.share:  # run with the other processes, not counted
+                continue
+            for metric in plain:
+                metric.update(output, placed)
+            for metric in comparing:
+                metric.update(output, placed, teachers=outputs)  # type: ignore[call-arg]
+    for metric in metrics.values():
+        merge_over_ranks(metric)
+    values: dict[str, float] = {}
+    for name, metric in metrics.items():
+        values.update(values_by_name(name, metric))
+    return values
+
+
+@contextmanager
+def _in_eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    for module in modes:
+        module.training = False
     try:
-        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            for batch in batches:
-                _update(model, batch.to(device, non_blocking=True), metrics)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for metric in metrics.values():
-        merge_over_ranks(metric)
-    # Plain numbers: a checkpoint with numpy's could not be loaded again.
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
-
-
-def _update(model: nn.Module, batch: Batch, metrics: Mapping[str, Metric]) -> None:
-    output = model(batch.inputs)
-    for metric in metrics.values():
-        metric.update(output, batch)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from time import monotonic
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from distill import distributed, randomness
 from distill.data.batch import Batch
+from distill.data.mixing import Mixing
 from distill.errors import NumericalError
 from distill.model.criterion import TOTAL
 from distill.training.metrics import Meter
+from distill.training.non_finite import NonFinite, Seen, losses_are_finite
 from distill.training.optimizer import Optimization
 from distill.training.sync_batchnorm import uncounted
+
+AfterStep = Callable[[int, bool], None]
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,36 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """Mean losses of an epoch; ``samples`` over all processes."""
+    """What an epoch came to.
+
+    Attributes:
+        losses: their means.
+        samples: over all processes.
+        skipped: samples that this process could not read, with the reason.
+        overflows: steps left out since the gradient overflowed fp16.
+    """
 
     losses: dict[str, float]
     samples: int
     seconds: float
+    skipped: dict[int, str] = field(default_factory=dict)
+    overflows: int = 0
 
 
 @dataclass(frozen=True)
 class Loop:
     """Trains a module that gives named losses for a batch.
 
+    A step is one update of the weights, from one batch or from several accumulated.
+
     Attributes:
         module: a Distiller, wrapped for distribution or not.
         optimization: what follows the gradients.
         stage: its name, which random numbers depend on.
         log_every: steps between log lines; losses are read from the device only there.
+        mixing: batch transforms.
+        memory_format: of images.
+        hold: context in which gradients are not exchanged yet, since more batches follow.
     """
 
     module: nn.Module
@@ -57,56 +73,99 @@ class Loop:
     seed: int
     stage: str
     log_every: int = 50
+    mixing: Mixing | None = None
+    memory_format: torch.memory_format | None = None
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def epoch(
         self,
         batches: Iterator[Batch],
         *,
+        epoch: int = 0,
         first_step: int = 0,
         on_log: Callable[[Progress], None] = lambda progress: None,
+        after_step: AfterStep | None = None,
     ) -> EpochSummary:
-        """Train on every batch; ``first_step`` counts the steps of the stage so far.
+        """Train on every batch.
+
+        Args:
+            batches: of this process.
+            epoch: of the stage, from 0.
+            first_step: steps of the stage so far.
+            on_log: given the progress every ``log_every`` steps.
+            after_step: told after each step how many of the stage are over and whether the gradient
+                was followed, which it is not after an overflow in fp16.
 
         Raises:
-            NumericalError: if a mean loss is not finite.
+            NonFinite: if a gradient is not finite; the weights are then as before the step.
+            NumericalError: if a mean loss is not finite though its gradients are.
         """
         self.module.train()
         base = randomness.derive(self.seed, "step", self.stage, distributed.rank())
-        meter, totals, step = Meter(), _Totals(), first_step
+        meter, totals, step, draw = Meter(), _Totals(), first_step, first_step
+        seen: list[Seen] = []
+        moves = self.device.type != "cpu" or self.memory_format is not None
         started = last = monotonic()
-        for number, batch in enumerate(batches, start=1):
-            if self.device.type != "cpu":  # where it is already
-                batch = batch.to(self.device, non_blocking=True)
-            randomness.seed_step(base, step, self.device)
-            self._step(batch, meter)
+        for number, batch in enumerate(batches):
+            if moves:
+                batch = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
+            if self.mixing is not None:
+                batch = self.mixing(batch, epoch, number, self.device)
+            randomness.seed_step(base, draw, self.device)
+            draw += 1
+            losses = self._gradient(batch)
+            meter.add(losses, len(batch) if batch.share else 0)
+            seen.append(Seen(losses, batch.index, bool(batch.share)))
+            if batch.skipped:
+                totals.skipped.update(batch.skipped)
+            if not batch.ends_step:
+                continue
+            followed = self._step(seen, step)
+            totals.overflows += not followed
+            seen.clear()
             step += 1
-            if number % self.log_every == 0:
-                losses, samples = self._read(meter, totals, step)
+            if after_step is not None:
+                after_step(step, followed)
+            if (step - first_step) % self.log_every == 0:
+                means, samples = self._read(meter, totals, step)
                 now = monotonic()
-                on_log(Progress(number, losses, samples / max(now - last, 1e-9)))
+                on_log(Progress(step - first_step, means, samples / max(now - last, 1e-9)))
                 last = now
         self._read(meter, totals, step)
-        return EpochSummary(totals.means(), totals.samples, monotonic() - started)
+        return totals.summary(monotonic() - started)
 
-    def _step(self, batch: Batch, meter: Meter) -> None:
-        losses = self._losses(batch)
+    def _gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Add the gradient of one batch."""
+        if batch.share and batch.ends_step:  # as nearly always, without the price of contexts
+            return self._forward_and_backward(batch)
+        with ExitStack() as contexts:
+            if not batch.share:
+                contexts.enter_context(uncounted())
+            if not batch.ends_step:
+                contexts.enter_context(self.hold())
+            return self._forward_and_backward(batch)
+
+    def _forward_and_backward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = self.module(batch)
         total = losses[TOTAL]
-        self.optimization.step(total if batch.share == 1.0 else total * batch.share)
-        meter.add(losses, len(batch) if batch.share else 0)
+        self.optimization.backward(total if batch.share == 1.0 else total * batch.share)
+        return losses
 
-    def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        if batch.share:
-            return self.module(batch)  # type: ignore[no-any-return]
-        with uncounted():
-            return self.module(batch)  # type: ignore[no-any-return]
+    def _step(self, seen: list[Seen], step: int) -> bool:
+        followed = self.optimization.step()
+        if not followed:
+            fits = losses_are_finite(seen, self.device)
+            if self.optimization.is_beyond_scaling or not fits:
+                raise NonFinite(step + 1, list(seen))
+        return followed
 
     def _read(self, meter: Meter, totals: _Totals, step: int) -> tuple[dict[str, float], float]:
         losses, samples = meter.read()
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 raise NumericalError(
-                    f"stage '{self.stage}': the loss '{name}' became {loss} by step {step}; the "
-                    "last checkpoint is from before. A lower learning rate or gradient is needed"
+                    f"stage '{self.stage}': the loss '{name}' became {loss} by step {step}, though "
+                    "its gradients are finite; the last checkpoint is from before"
                 )
         totals.add(losses, samples)
         return losses, samples
@@ -117,58 +176,15 @@ class _Totals:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self.samples = 0
+        self._samples = 0
+        self.skipped: dict[int, str] = {}
+        self.overflows = 0
 
     def add(self, losses: dict[str, float], samples: float) -> None:
-        self.samples += int(samples)
+        self._samples += int(samples)
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + loss * samples
 
-    def means(self) -> dict[str, float]:
-        return {name: value / self.samples for name, value in self._sums.items()}
-
-
-@contextmanager
-def distributed_over_ranks(
-    module: nn.Module, batch: Batch, *, leaves_unused: bool
-) -> Iterator[nn.Module]:
-    """Wrap a module so that gradients are averaged over processes; alone, it stays as it is.
-
-    ``batch`` is run through twice first, and its traces removed: torch puts gradients into other
-    buckets after the first backward of each process, which would change the order of additions
-    between a run and its continuation.
-    """
-    if distributed.world_size() == 1:
-        yield module
-        return
-    with warnings.catch_warnings():
-        # The new name of the argument is not known to the oldest torch that distill runs with.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped: nn.Module = DistributedDataParallel(
-            module,
-            broadcast_buffers=False,
-            find_unused_parameters=leaves_unused,
-            gradient_as_bucket_view=True,
-        )
-    wrapped.train()
-    with buffers_kept(module):
-        for _ in range(2):
-            wrapped(batch)[TOTAL].backward()
-    module.zero_grad(set_to_none=True)
-    yield wrapped
-
-
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Give buffers back what they held: running statistics, memory banks, counters."""
-    before = [(part._buffers, dict(part._buffers)) for part in module.modules()]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffers, held in before:  # those that a forward made anew or replaced
-            buffers.clear()
-            buffers.update(held)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+    def summary(self, seconds: float) -> EpochSummary:
+        means = {name: value / self._samples for name, value in self._sums.items()}
+        return EpochSummary(means, self._samples, seconds, self.skipped, self.overflows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,13 +13,21 @@ from distill.data.batch import Batch
 
 
 class Metric(Protocol):
-    """Measures a model's outputs; exact however many processes share the data."""
+    """Measures a model's outputs; exact however many processes share the data.
+
+    It may have more attributes: ``higher_is_better`` and ``is_fraction`` (shown in percent), both
+    ``True`` unless given; ``teacher``, the role of a teacher that it compares with; and
+    ``classes``, which is set to the data set's class names before it is used.
+    """
 
     def reset(self) -> None:
         """Forget everything."""
 
     def update(self, output: Any, batch: Batch) -> None:
-        """Take in the model's output for a batch."""
+        """Take in the model's output for a batch.
+
+        With a third parameter ``teachers`` it is given the teachers' outputs by role too.
+        """
 
     def state(self) -> Any:
         """Return what this process has seen, as tensors and plain data."""
@@ -26,8 +35,8 @@ class Metric(Protocol):
     def merge(self, state: Any) -> None:
         """Add what another process has seen."""
 
-    def compute(self) -> float:
-        """Return the value over everything seen."""
+    def compute(self) -> float | Mapping[str, float]:
+        """Return the value over everything seen, or several by name."""
 
 
 def merge_over_ranks(metric: Metric) -> None:
@@ -38,6 +47,30 @@ def merge_over_ranks(metric: Metric) -> None:
     metric.reset()
     for state in states:
         metric.merge(state)
+
+
+def is_higher_better(metric: Metric) -> bool:
+    """Return in which direction a metric is better."""
+    return bool(getattr(metric, "higher_is_better", True))
+
+
+def compares_with(metric: Metric) -> str | None:
+    """Return the role of the teacher that a metric compares with."""
+    return getattr(metric, "teacher", None)
+
+
+def takes_teachers(metric: Metric) -> bool:
+    """Whether a metric wants the teachers' outputs."""
+    return "teachers" in inspect.signature(metric.update).parameters
+
+
+def values_by_name(name: str, metric: Metric) -> dict[str, float]:
+    """Return a metric's value under its name, or its several as ``name/part``."""
+    value = metric.compute()
+    # Plain numbers: a checkpoint with numpy's could not be loaded again.
+    if isinstance(value, Mapping):
+        return {f"{name}/{part}": float(number) for part, number in value.items()}
+    return {name: float(value)}
 
 
 class Meter:

@@ -1,17 +1,25 @@
-"""Optimizer, scheduler and gradient scaler of a stage, in one piece to step and to save."""
+"""Optimizer, schedulers and gradient scaler of a stage, in one piece to step and to save."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from distill.config.experiment import Stage
+from distill.config.experiment import Clip, Scheduler, Stage
+from distill.training import sharding
 from distill.training.build import Builder
+from distill.training.metrics import is_higher_better
+from distill.training.parameter_groups import parameter_groups
+from distill.training.schedule import Schedule, watches
+
+SMALLEST_SCALE = 2.0**-10
+"""A gradient that overflows fp16 though the loss is scaled down so far is no overflow."""
 
 
 @dataclass
@@ -19,33 +27,48 @@ class Optimization:
     """What changes the weights.
 
     Attributes:
-        scheduler: stepped once an epoch, or ``None``.
+        schedule: of the learning rates, or ``None``.
         scaler: of the loss in fp16, or ``None``.
+        clip: bounds of the gradient.
     """
 
     optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: torch.amp.GradScaler | None
+    schedule: Schedule | None = None
+    scaler: torch.amp.GradScaler | None = None
+    clip: Clip = field(default_factory=Clip)
 
-    def step(self, loss: torch.Tensor) -> None:
-        """Follow the gradient of ``loss`` once."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler is None:
-            loss.backward()
-            self.optimizer.step()
-        else:
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of ``loss``."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self) -> bool:
+        """Follow the gradient once and forget it.
+
+        Returns:
+            Whether it was followed. It is not, and nothing changes, if one of its elements is not
+            finite; under a scaler that is what an overflow looks like, and the scale is lowered.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        is_finite = self._clip_and_check()
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)  # which leaves it out after an overflow
             self.scaler.update()
+        elif is_finite:
+            self.optimizer.step()
+        if is_finite or self.scaler is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        return is_finite
 
-    def end_epoch(self, watched: float | None) -> None:
-        """Step the scheduler; one that watches a metric is given the validation metric."""
-        if self.scheduler is None:
-            return
-        if _watches(self.scheduler):
-            self.scheduler.step(watched)
-        else:
-            self.scheduler.step()
+    @property
+    def is_beyond_scaling(self) -> bool:
+        """Whether the loss overflows although it is scaled down as far as that may help."""
+        return self.scaler is None or self.scaler.get_scale() < SMALLEST_SCALE
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def lr(self) -> float:
@@ -53,63 +76,88 @@ class Optimization:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of all three."""
+        """Return the state of all three; under sharding every process must ask for it."""
         return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "optimizer": sharding.whole(self.optimizer.state_dict()),
+            "schedule": self.schedule.state_dict() if self.schedule else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        for part, saved in ((self.scheduler, state["scheduler"]), (self.scaler, state["scaler"])):
-            if part is not None:
-                part.load_state_dict(saved)
+        if self.schedule is not None:
+            self.schedule.start_from(state["schedule"])
+        self.optimizer.load_state_dict(sharding.parted(state["optimizer"], self.parameters))
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _clip_and_check(self) -> bool:
+        parameters = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.clip.norm is None:
+            is_finite = sharding.all_finite(gradients)
+        else:
+            norm = sharding.whole(get_total_norm(gradients))
+            is_finite = math.isfinite(norm.item())
+            if is_finite:
+                clip_grads_with_norm_(parameters, self.clip.norm, norm)
+        if self.clip.value is not None and is_finite:
+            clip_grad_value_(parameters, self.clip.value)
+        return is_finite
 
 
 def build_optimization(
-    builder: Builder, stage: Stage, parameters: Sequence[nn.Parameter], device: torch.device
+    builder: Builder, stage: Stage, trained: Mapping[str, nn.Module], device: torch.device
 ) -> Optimization:
-    """Build the optimizer over ``parameters``, its scheduler, and a scaler for fp16.
+    """Build the optimizer over what trains, its schedulers, and a scaler for fp16.
 
     Raises:
-        ConfigError: if there is nothing to train, or a scheduler watches what is not measured.
+        ConfigError: if there is nothing to train, a group means nothing, or a scheduler watches
+            what is not measured.
     """
-    if not parameters:
+    groups = parameter_groups(builder, stage, trained)
+    if not groups:
         place = stage.places.get("freeze", stage.path)
         raise builder.experiment.error(place, "everything is frozen; nothing is left to train")
-    optimizer = builder.component("optimizers", stage.optimizer, list(parameters))
-    scheduler = build_scheduler(builder, stage, optimizer) if stage.scheduler else None
+    optimizer = builder.component("optimizers", stage.optimizer.component, groups)
+    schedule = build_schedule(builder, stage, optimizer)
     scaler = torch.amp.GradScaler(device.type) if stage.precision == "fp16" else None
-    return Optimization(optimizer, scheduler, scaler)
+    return Optimization(optimizer, schedule, scaler, stage.clip)
 
 
-def build_scheduler(builder: Builder, stage: Stage, optimizer: torch.optim.Optimizer) -> Any:
-    """Build the stage's scheduler.
+def build_schedule(
+    builder: Builder, stage: Stage, optimizer: torch.optim.Optimizer
+) -> Schedule | None:
+    """Build the stage's schedulers.
 
     Raises:
-        ConfigError: if it watches what is not measured, or in the wrong direction.
+        ConfigError: if one watches what is not measured, or in the wrong direction.
     """
-    assert stage.scheduler is not None
-    scheduler = builder.component("schedulers", stage.scheduler, optimizer)
-    if _watches(scheduler):
-        _check_watching(builder, stage)
-    return scheduler
+    if not stage.schedulers:
+        return None
+
+    def build(entry: Scheduler, over: torch.optim.Optimizer) -> Any:
+        scheduler = builder.component("schedulers", entry.component, over)
+        if watches(scheduler):
+            _check_watching(builder, stage, entry)
+        return scheduler
+
+    return Schedule(optimizer, stage.schedulers, build, stage.decisive or "")
 
 
-def _watches(scheduler: Any) -> bool:
-    return "metrics" in inspect.signature(scheduler.step).parameters
-
-
-def _check_watching(builder: Builder, stage: Stage) -> None:
+def _check_watching(builder: Builder, stage: Stage, entry: Scheduler) -> None:
     """Refuse a scheduler that watches a metric which is not measured, or in the wrong direction."""
-    scheduler, place = stage.scheduler, stage.places["scheduler"]
-    assert scheduler is not None
+    kind, place = entry.component.type, entry.component.path
     if not (stage.data.validate and stage.metrics):
-        message = f"{scheduler.type} watches a validation metric; give data.validate and metrics"
+        message = f"{kind} watches a validation metric; give data.validate and metrics"
         raise builder.experiment.error(place, message)
-    if scheduler.params.get("mode", "min") != "max":
-        watched = stage.metrics[0].type
-        message = f"{scheduler.type} watches '{watched}', which is better when higher: mode: max"
+    watched = entry.watch or stage.decisive
+    assert watched is not None
+    metric = builder.component("metrics", stage.metric(watched).component)
+    wanted = "max" if is_higher_better(metric) else "min"
+    if entry.component.params.get("mode", "min") != wanted:
+        better = "higher" if wanted == "max" else "lower"
+        message = f"{kind} watches '{watched}', which is better when {better}: mode: {wanted}"
         raise builder.experiment.error(place, message)

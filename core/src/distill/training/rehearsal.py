@@ -16,12 +16,13 @@ from torch import nn
 from distill.config.experiment import Experiment, Stage
 from distill.config.yaml_document import Path as ConfigPath
 from distill.data.batch import Batch
-from distill.data.loader import Source, sample_batch
-from distill.errors import DataError, DistillError
+from distill.data.plan import Plan
+from distill.data.source import Source
+from distill.errors import ConfigError, DataError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import CallError, Values, describe, first_line
-from distill.training.loop import buffers_kept
+from distill.training.buffers import buffers_kept
 from distill.training.stage import Assembly, module_error
 
 
@@ -39,9 +40,16 @@ class Rehearsal:
 
 
 def rehearse(
-    experiment: Experiment, assembly: Assembly, source: Source, seed: int, device: torch.device
+    experiment: Experiment, assembly: Assembly, source: Source, plan: Plan, batch: Batch
 ) -> Rehearsal:
     """Run the stage on two samples.
+
+    Args:
+        experiment: the description.
+        assembly: the stage.
+        source: its training data.
+        plan: which has to have a batch.
+        batch: two samples of it, as the models are given them.
 
     Raises:
         ConfigError: if a model, module or loss fails on what it is given, a loss is no scalar, or
@@ -50,8 +58,8 @@ def rehearse(
     """
     distiller = assembly.distiller
     assert distiller is not None
-    _check_steps(experiment, assembly.stage, source)
-    batch = sample_batch(source, 2, seed).to(device)
+    if plan.batches == 0:
+        raise _no_batch(experiment, assembly.stage, source, plan)
     with _in_eval_mode(distiller), buffers_kept(distiller):
         copied = []
         for role in distiller.models():
@@ -73,14 +81,12 @@ def rehearse_measuring(
     experiment: Experiment,
     assembly: Assembly,
     source: Source,
-    seed: int,
-    device: torch.device,
+    batch: Batch,
     roles: Iterable[str],
 ) -> None:
     """Run two samples of data to measure on through models, as ``rehearse`` does for training."""
     distiller = assembly.distiller
     assert distiller is not None
-    batch = sample_batch(source, 2, seed).to(device)
     with _in_eval_mode(distiller), buffers_kept(distiller), torch.no_grad():
         for role in roles:
             _run_alone(experiment, assembly, source, role, batch)
@@ -109,13 +115,14 @@ def _in_eval_mode(distiller: Distiller) -> Iterator[None]:
             module.training = mode
 
 
-def _check_steps(experiment: Experiment, stage: Stage, source: Source) -> None:
-    if stage.data.drop_last and len(source) < stage.data.batch_size:
-        raise experiment.error(
-            stage.data.path,
-            f"data set '{source.name}' has {len(source)} samples, less than one batch of "
-            f"{stage.data.batch_size}, and drop_last leaves those out",
-        )
+def _no_batch(experiment: Experiment, stage: Stage, source: Source, plan: Plan) -> ConfigError:
+    if plan.batch_sampler is not None:
+        return experiment.error(stage.data.path, "the batch sampler gives no batch")
+    return experiment.error(
+        stage.data.path,
+        f"data set '{source.name}' has {plan.samples} samples, less than one batch of "
+        f"{plan.batch_size}, and drop_last leaves those out",
+    )
 
 
 def _run_alone(
@@ -172,7 +179,9 @@ def _check_classes(
 ) -> None:
     """Refuse a model that is scored by accuracy but has another number of classes than the data."""
     stage = assembly.stage
-    if source.classes is None or "accuracy" not in [metric.type for metric in stage.metrics]:
+    if source.classes is None or "accuracy" not in [
+        metric.component.type for metric in stage.metrics
+    ]:
         return
     for role in assembly.roles.keys() & values.keys():
         output = values[role]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,21 @@ import torch
 from torch import nn
 
 from distill import distributed
-from distill.config.experiment import Component, Stage
-from distill.data.loader import Source
+from distill.config.experiment import Metric as MetricEntry
+from distill.config.experiment import Stage
+from distill.data.batch import Batch
+from distill.data.loader import Loading, sample_batch
+from distill.data.mixing import Mixing
+from distill.data.plan import Plan
+from distill.data.source import Source
 from distill.errors import ConfigError
 from distill.observer import StageResult
+from distill.training.average import Average
 from distill.training.build import Builder
 from distill.training.checkpoint import save_state
-from distill.training.evaluation import evaluate
-from distill.training.metrics import Metric
-from distill.training.stage import REDUCED, Assembly, Parts, assemble
+from distill.training.form import channels_last
+from distill.training.metrics import Metric, compares_with
+from distill.training.stage import Assembly, Parts, assemble
 
 Tell = Callable[[str, Any], None]
 """Tells observers of an event: name of the method, event."""
@@ -31,7 +39,7 @@ class SeedRun:
 
     Attributes:
         directory: where its checkpoint and students go.
-        models: by name, each on the device.
+        models: by name; those of the stage under way are where it runs them.
         sources: opened data sets by name.
         parts: auxiliary modules and losses that later stages may carry on.
         results: of the stages that are over.
@@ -55,13 +63,23 @@ class SeedRun:
         """The file a stopped run continues from."""
         return self.directory / "checkpoint.pt"
 
+    def place(self, stage: Stage) -> torch.device:
+        """Put a stage's models where it runs them, and return where; to be sharded, on the CPU."""
+        device = torch.device("cpu") if is_sharded(stage) else self.device
+        for model in (stage.student.model, *(t.model for t in stage.teachers.values())):
+            self.models[model].to(device)
+        for part in self.parts.values():
+            part.to(device)
+        return device
+
     def assemble(self, stage: Stage) -> Assembly:
         """Put a stage together; parts with a saved state continue from it.
 
         Raises:
             ConfigError: with everything that keeps it from being put together.
         """
-        assembly = assemble(self.builder, stage, self.models, self.parts, self.seed, self.device)
+        device = self.place(stage)
+        assembly = assemble(self.builder, stage, self.models, self.parts, self.seed, device)
         if assembly.faults:
             raise ConfigError(assembly.faults)
         for key, module in self.parts.items():
@@ -70,12 +88,73 @@ class SeedRun:
                 module.load_state_dict(saved)
         return assembly
 
-    def metrics(self, components: Iterable[Component]) -> dict[str, Metric]:
-        """Build metrics by the name they are reported under."""
-        return {
-            _metric_name(component): self.builder.component("metrics", component)
-            for component in components
+    def average(self, stage: Stage, model: nn.Module) -> Average | None:
+        """Return the average that follows ``model``, if the stage wants one."""
+        if stage.ema is None:
+            return None
+        followed = copy.deepcopy(model)
+        return Average(followed, stage.ema)
+
+    def metrics(
+        self, entries: Iterable[MetricEntry], teachers: Iterable[str] = ()
+    ) -> dict[str, Metric]:
+        """Build metrics by name, less those that compare with a teacher there is not."""
+        built = {
+            entry.name: self.builder.component("metrics", entry.component) for entry in entries
         }
+        roles = {None, *teachers}
+        return {name: metric for name, metric in built.items() if compares_with(metric) in roles}
+
+    def plan(self, stage: Stage) -> Plan:
+        """Return which samples come in which batch of the stage."""
+        data = stage.data
+        dataset = self.sources[data.train].dataset
+        sampler = batch_sampler = None
+        if data.sampler is not None:
+            sampler = self.builder.component("samplers", data.sampler, dataset)
+        if data.batch_sampler is not None:
+            batch_sampler = self.builder.component(
+                "batch_samplers", data.batch_sampler, dataset, data.batch_size
+            )
+        return Plan(
+            len(self.sources[data.train]),
+            data.batch_size,
+            data.drop_last,
+            data.accumulate,
+            sampler,
+            batch_sampler,
+        )
+
+    def mixing(self, stage: Stage) -> Mixing | None:
+        """Return what a stage's batches go through."""
+        entries = stage.data.batch_transforms
+        if not entries:
+            return None
+        return Mixing(self.builder.components("batch_transforms", entries), self.seed)
+
+    def loading(self, stage: Stage) -> Loading:
+        """Return how a stage's samples are read."""
+        data, pinned = stage.data, stage.data.pin_memory
+        return Loading(
+            data.workers,
+            data.prefetch,
+            self.device.type == "cuda" if pinned is None else pinned,
+            data.worker_timeout,
+            data.on_bad_sample,
+        )
+
+    def first_batch(self, stage: Stage, source: Source, device: torch.device) -> Batch:
+        """Return two samples as the stage's models are trained on them."""
+        batch, mixing = self.first_measured(stage, source, device), self.mixing(stage)
+        return batch if mixing is None else mixing(batch, 0, 0, device)
+
+    def first_measured(self, stage: Stage, source: Source, device: torch.device) -> Batch:
+        """Return two samples as the stage's models are measured on them."""
+        return sample_batch(source, 2, self.seed).to(device, memory_format=memory_format(stage))
+
+    def in_form(self, stage: Stage, models: Iterable[nn.Module]) -> AbstractContextManager[None]:
+        """Let models lie in memory as the stage wants them."""
+        return channels_last(models) if stage.channels_last else nullcontext()
 
     def save(self, stage: int, epoch: int, more: Mapping[str, Any]) -> None:
         """Write the checkpoint: ``epoch`` epochs of ``stage`` are over."""
@@ -92,28 +171,11 @@ class SeedRun:
         save_state(self.checkpoint, state)
 
 
-def measure(
-    run: SeedRun,
-    stage: Stage,
-    model: nn.Module,
-    dataset: str | None,
-    metrics: dict[str, Metric] | None = None,
-) -> dict[str, float]:
-    """Return the stage's metrics of a model on a data set; nothing without a data set."""
-    if dataset is None:
-        return {}
-    return evaluate(
-        model,
-        run.sources[dataset],
-        run.metrics(stage.metrics) if metrics is None else metrics,
-        batch_size=stage.data.batch_size,
-        device=run.device,
-        seed=run.seed,
-        workers=stage.data.workers,
-        autocast=REDUCED.get(stage.precision),
-    )
+def is_sharded(stage: Stage) -> bool:
+    """Whether each process holds but a part of a stage's parameters."""
+    return stage.parallel == "fsdp" and distributed.world_size() > 1
 
 
-def _metric_name(component: Component) -> str:
-    params = ", ".join(f"{key}={value}" for key, value in component.params.items())
-    return f"{component.type}({params})" if params else component.type
+def memory_format(stage: Stage) -> torch.memory_format | None:
+    """Return how a stage's images lie in memory."""
+    return torch.channels_last if stage.channels_last else None

@@ -14,15 +14,17 @@ from torch import nn
 
 from distill import randomness
 from distill.config.experiment import Component, Experiment, Stage, Wired
+from distill.config.experiment import WeightSchedule as WeightEntry
 from distill.errors import ConfigError, DistillError, Fault, did_you_mean
 from distill.model.capture import find_module, split_path, unknown_module
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller, value_name
+from distill.model.weight_schedule import WeightSchedule
 from distill.model.wiring import Address, Call
 from distill.reference import BATCH_VALUES, DEFAULT_WIRED, STUDENT, TEACHER, Reference
 from distill.signature import wired_parameters
 from distill.training.build import Builder
-from distill.training.freezing import frozen_parameters
+from distill.training.selection import select_parameters
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,10 +52,14 @@ class Assembly:
     faults: list[Fault] = field(default_factory=list)
     distiller: Distiller | None = None
 
+    def trained(self) -> dict[str, nn.Module]:
+        """Return what the stage trains, by the names that the file selects parameters by."""
+        terms = {f"criterion.{name}": term for name, term in self.terms.items()}
+        return {STUDENT: self.roles[STUDENT], **self.auxiliary, **terms}
+
     def trainable(self) -> list[nn.Parameter]:
-        """Return what the stage trains: student, auxiliary modules and losses, less the frozen."""
-        modules = [self.roles[STUDENT], *self.auxiliary.values(), *self.terms.values()]
-        parameters = {id(p): p for module in modules for p in module.parameters()}
+        """Return the parameters of what the stage trains, less the frozen."""
+        parameters = {id(p): p for module in self.trained().values() for p in module.parameters()}
         return [p for p in parameters.values() if p.requires_grad]
 
 
@@ -77,7 +83,7 @@ def assemble(
     terms = wiring.calls(stage.criterion, assembly.terms)
     assembly.frozen = _frozen(builder, assembly)
     if not assembly.faults:
-        weights = {name: term.weight for name, term in stage.criterion.items()}
+        weights = {name: _weight(term.weight) for name, term in stage.criterion.items()}
         assembly.distiller = Distiller(
             student=roles[STUDENT],
             teachers={role: model for role, model in roles.items() if role != STUDENT},
@@ -91,12 +97,15 @@ def assemble(
     return assembly
 
 
+def _weight(weight: float | WeightEntry) -> float | WeightSchedule:
+    return weight if isinstance(weight, float) else WeightSchedule(**vars(weight))
+
+
 def _frozen(builder: Builder, assembly: Assembly) -> list[nn.Parameter]:
-    trained = {STUDENT: assembly.roles[STUDENT], **assembly.auxiliary}
     frozen = []
     for number, entry in enumerate(assembly.stage.freeze):
         try:
-            frozen += frozen_parameters(entry, trained)
+            frozen += select_parameters(entry, assembly.trained())
         except DistillError as error:
             path = (*assembly.stage.places["freeze"], number)
             assembly.faults.append(builder.experiment.fault(path, str(error)))

@@ -12,46 +12,26 @@ from torch import nn
 
 from distill import distributed
 from distill.config.experiment import Stage
-from distill.data.loader import Plan, Source, sample_batch, training_batches
+from distill.data.loader import training_batches
+from distill.data.plan import Plan
+from distill.data.source import Source
 from distill.errors import DataError
 from distill.model.wiring import CallError
-from distill.observer import (
-    EpochEnd,
-    Numbers,
-    Position,
-    StageEnd,
-    StageResult,
-    StageStart,
-    StepEnd,
-)
+from distill.observer import Numbers, StageResult
+from distill.training import sharding
+from distill.training.average import Average
 from distill.training.checkpoint import load_weights, save_weights
-from distill.training.freezing import Unchanged
-from distill.training.loop import EpochSummary, Loop, Progress, distributed_over_ranks
-from distill.training.metrics import Metric
+from distill.training.form import compiled
+from distill.training.frozen_teachers import Unchanged
+from distill.training.loop import AfterStep, EpochSummary, Loop
+from distill.training.measuring import Best, Measuring
+from distill.training.non_finite import NonFinite, explanation
 from distill.training.optimizer import build_optimization
 from distill.training.rehearsal import rehearse
-from distill.training.seed_run import SeedRun, measure
-from distill.training.stage import (
-    Assembly,
-    module_error,
-    roles_in_force,
-)
-from distill.training.sync_batchnorm import synchronized
-
-
-@dataclass
-class Best:
-    """The best epoch so far by the first metric; ``epoch`` counts from 1, 0 means none yet."""
-
-    epoch: int = 0
-    metrics: Numbers = field(default_factory=dict)
-
-    def beaten_by(self, metrics: Numbers) -> bool:
-        """Whether the first of ``metrics`` is higher than the best so far."""
-        if not metrics:
-            return False
-        first = next(iter(metrics))
-        return self.epoch == 0 or metrics[first] > self.metrics[first]
+from distill.training.seed_run import SeedRun, memory_format
+from distill.training.spread import Spread, spread
+from distill.training.stage import Assembly, module_error, roles_in_force
+from distill.training.stage_events import StageEvents, count_parameters
 
 
 def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = None) -> StageResult:
@@ -64,7 +44,7 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
 
     Raises:
         ConfigError, DataError: what the file's wishes cannot be fulfilled with.
-        NumericalError: if a loss becomes infinite or not a number.
+        NumericalError: if a gradient becomes infinite or not a number.
     """
     stage = run.builder.experiment.stages[number]
     run.trained.add(stage.student.model)
@@ -72,8 +52,7 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
     assembly = run.assemble(stage)
     with ExitStack() as stack:
         stack.enter_context(roles_in_force(assembly))
-        teachers = _measure_teachers(run, stage, assembly) if state is None else state["teachers"]
-        training = _prepare(run, number, stage, assembly, teachers, stack)
+        training = _prepare(run, number, assembly, state, stack)
         if state is not None:
             training.resume(state)
         training.train()
@@ -83,28 +62,33 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
 def _prepare(
     run: SeedRun,
     number: int,
-    stage: Stage,
-    assembly: Assembly,
-    teachers: dict[str, dict[str, float]],
+    plain: Assembly,
+    state: Mapping[str, Any] | None,
     stack: ExitStack,
 ) -> _Training:
-    source = run.sources[stage.data.train]
-    rehearsal = rehearse(run.builder.experiment, assembly, source, run.seed, run.device)
-    optimization = build_optimization(run.builder, stage, assembly.trainable(), run.device)
-    distiller = assembly.distiller
-    assert distiller is not None
-    if stage.sync_batchnorm:
-        stack.enter_context(synchronized([distiller]))
-    batch = sample_batch(source, 2, run.seed).to(run.device)
-    module = stack.enter_context(
-        distributed_over_ranks(distiller, batch, leaves_unused=rehearsal.unused)
-    )
+    stage, source = plain.stage, run.sources[plain.stage.data.train]
+    stack.enter_context(run.in_form(stage, plain.roles.values()))
+    plan = run.plan(stage)
+    batch = run.first_batch(stage, source, run.place(stage))
+    rehearsal = rehearse(run.builder.experiment, plain, source, plan, batch)
+    over = spread(run, plain, source, rehearsal, stack)
+    optimization = build_optimization(run.builder, stage, over.assembly.trained(), run.device)
+    stack.enter_context(compiled(over.assembly.roles[role] for role in stage.compile))
+    measuring = Measuring(run, stage, over.assembly.roles, over.average)
+    teachers = measuring.teachers() if state is None else state["teachers"]
     loop = Loop(
-        module, optimization, run.device, run.seed, stage.name, run.builder.experiment.log_every
+        over.parallel.module,
+        optimization,
+        run.device,
+        run.seed,
+        stage.name,
+        run.builder.experiment.log_every,
+        run.mixing(stage),
+        memory_format(stage),
+        over.parallel.hold,
     )
-    plan = Plan(len(source), stage.data.batch_size, stage.data.drop_last)
-    training = _Training(run, number, stage, assembly, loop, plan, source, teachers)
-    training.notes = _notes(assembly, plan, rehearsal.copied)
+    training = _Training(run, number, stage, over, loop, plan, source, measuring, teachers)
+    training.notes = _notes(plain, plan, rehearsal.copied)
     return training
 
 
@@ -115,10 +99,11 @@ class _Training:
     run: SeedRun
     number: int
     stage: Stage
-    assembly: Assembly
+    spread: Spread
     loop: Loop
     plan: Plan
     source: Source
+    measuring: Measuring
     teachers: dict[str, dict[str, float]]
     notes: list[str] = field(default_factory=list)
     first_epoch: int = 0
@@ -126,9 +111,19 @@ class _Training:
     validation: Numbers = field(default_factory=dict)
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.events = StageEvents(self.run, self.number, self.stage, self.plan)
+        distiller = self.spread.assembly.distiller
+        assert distiller is not None
+        self.criterion = distiller.criterion
+
     @property
     def student(self) -> nn.Module:
-        return self.assembly.roles["student"]
+        return self.spread.assembly.roles["student"]
+
+    @property
+    def average(self) -> Average | None:
+        return self.spread.average
 
     @property
     def directory(self) -> Path:
@@ -140,14 +135,17 @@ class _Training:
         self.loop.optimization.load_state_dict(state["optimization"])
         self.best = Best(**state["best"])
         self.validation, self.seconds = state["validation"], state["seconds"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
     def train(self) -> None:
         """Train the epochs that are left, measuring and saving after each."""
-        self.run.tell("stage_start", self._start_event())
-        watch = Unchanged(
-            {role: self.assembly.roles[role] for role in self.stage.teachers},
-            {role: teacher.mode for role, teacher in self.stage.teachers.items()},
-        )
+        trainable = sum(p.numel() for p in self.spread.assembly.trainable())
+        parameters = count_parameters(self.student)
+        self.events.start(self.first_epoch, parameters, trainable, self.teachers, self.notes)
+        roles = {role: self.spread.assembly.roles[role] for role in self.stage.teachers}
+        modes = {role: teacher.mode for role, teacher in self.stage.teachers.items()}
+        watch = Unchanged(roles, modes)
         for epoch in range(self.first_epoch, self.stage.epochs):
             lr = self.loop.optimization.lr
             summary = self._epoch(epoch)
@@ -160,24 +158,33 @@ class _Training:
             self._end_epoch(epoch, summary, lr)
 
     def _epoch(self, epoch: int) -> EpochSummary:
-        stage = self.stage
+        stage, first_step = self.stage, epoch * self.plan.steps
+        self.criterion.set_position(epoch, first_step)
+        mixing = self.loop.mixing
         batches = training_batches(
             self.source,
             self.plan,
+            self.run.loading(stage),
             seed=self.run.seed,
             epoch=epoch,
-            workers=stage.data.workers,
-            pin_memory=self.run.device.type == "cuda",
+            lead=mixing.lead if mixing else 0,
         )
         try:
             return self.loop.epoch(
                 batches,
-                first_step=epoch * self.plan.steps,
-                on_log=lambda progress: self._log(epoch, progress),
+                epoch=epoch,
+                first_step=first_step,
+                on_log=lambda progress: self.events.log(
+                    epoch, progress, self.loop.optimization.lr, self._scheduled_weights()
+                ),
+                after_step=self._after_step(epoch),
             )
+        except NonFinite as error:
+            trained = self.spread.assembly.trained()
+            raise explanation(error, stage.name, trained, self.source) from error
         except CallError as error:
-            experiment = self.run.builder.experiment
-            raise module_error(experiment, self.assembly, error.module, str(error)) from error
+            experiment, assembly = self.run.builder.experiment, self.spread.assembly
+            raise module_error(experiment, assembly, error.module, str(error)) from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -186,44 +193,66 @@ class _Training:
                 "batch of an epoch is; set data.drop_last or another data.batch_size"
             ) from error
 
+    def _after_step(self, epoch: int) -> AfterStep | None:
+        """Return what is to be done after each step, nothing if that is nothing."""
+        schedule, average = self.loop.optimization.schedule, self.average
+        scheduled = self.criterion.is_scheduled
+        every = self.stage.evaluate.every if self.stage.evaluate.unit == "steps" else 0
+        if schedule is None and average is None and not scheduled and not every:
+            return None
+
+        def after(step: int, followed: bool) -> None:
+            if average is not None and followed:
+                average.update(self.student)
+            if schedule is not None:
+                schedule.advance("steps", step)
+            if scheduled:
+                self.criterion.set_position(epoch, step)
+            if every and step % every == 0 and step < self.stage.epochs * self.plan.steps:
+                is_best = self._validate(epoch)
+                self.events.evaluation(epoch, step, self.validation, is_best)
+                self.loop.module.train()
+
+        return after
+
     def _end_epoch(self, epoch: int, summary: EpochSummary, lr: float) -> None:
-        distributed.broadcast_from_main(list(self.student.buffers()))
         self.seconds += summary.seconds
-        self.validation = self._measure(self.student, self.stage.data.validate)
-        is_best = self.best.beaten_by(self.validation)
+        evaluate = self.stage.evaluate
+        is_due = evaluate.unit == "epochs" and (epoch + 1) % evaluate.every == 0
+        is_measured = is_due or epoch + 1 == self.stage.epochs
+        is_best = is_measured and self._validate(epoch)
+        if self.loop.optimization.schedule is not None:
+            self.loop.optimization.schedule.advance("epochs", epoch + 1)
+        # Told before it is saved: what a kill in between leaves recorded is void on resuming.
+        metrics = self.validation if is_measured else {}
+        skipped = self._skipped_anywhere(summary)
+        self.events.epoch_end(epoch, summary, metrics, lr, skipped, is_best)
+        self.spread.sync()
+        self.run.save(self.number, epoch + 1, self._state())
+
+    def _validate(self, epoch: int) -> bool:
+        """Measure, keep the best weights, step what watches; return whether it is the best."""
+        distributed.broadcast_from_main(list(self.student.buffers()))
+        self.validation = self.measuring.validate()
+        is_best = self.measuring.improves(self.best, self.validation)
         if is_best:
             self.best = Best(epoch + 1, self.validation)
-            self._write("best")
-        watched = next(iter(self.validation.values()), None)
-        self.loop.optimization.end_epoch(watched)
-        # Told before it is saved: what a kill in between leaves recorded is void on resuming.
-        self.run.tell(
-            "epoch_end",
-            EpochEnd(
-                position=Position(self.run.seed, self.number, epoch + 1, self._steps(epoch + 1)),
-                stage=self.stage.name,
-                epochs=self.stage.epochs,
-                losses=summary.losses,
-                metrics=self.validation,
-                lr=lr,
-                seconds=summary.seconds,
-                samples_per_second=summary.samples / max(summary.seconds, 1e-9),
-                is_best=is_best,
-            ),
-        )
-        self.run.save(self.number, epoch + 1, self._state())
+            is_average = (self.stage.decisive or "").startswith("ema.")
+            self._write("best", self.average.model if is_average and self.average else self.student)
+        schedule = self.loop.optimization.schedule
+        if schedule is not None and self.validation:
+            schedule.measured(self.validation)
+        return is_best
 
     def finish(self) -> StageResult:
         """Write the student, keep the weights that go on, and measure them on the test data."""
-        self._write("last")
-        if self.stage.keep == "best":
-            distributed.barrier()
-            load_weights(self.student, self.directory / "best.safetensors")
+        self._write("last", self.student)
+        if self.average is not None:
+            self._write("ema", self.average.model)
+        if self.stage.keep != "last":
+            self._keep(self.stage.keep)
         test = self.run.builder.experiment.test
-        measured: dict[str, float] = {}
-        if test is not None:
-            metrics = self.run.metrics(test.metrics)
-            measured = self._measure(self.student, test.dataset, metrics)
+        measured = self.measuring.test(test.dataset, test.metrics) if test is not None else {}
         result = StageResult(
             seed=self.run.seed,
             stage=self.stage.name,
@@ -238,103 +267,53 @@ class _Training:
             teachers=self.teachers,
         )
         self.run.results.append(result)
-        files = [self.directory / f"{name}.safetensors" for name in ("last", "best")]
-        self.run.tell(
-            "stage_end",
-            StageEnd(
-                Position(self.run.seed, self.number + 1),
-                result,
-                [file for file in files if file.exists()],
-            ),
-        )
+        files = [self.directory / f"{name}.safetensors" for name in ("last", "best", "ema")]
+        self.events.end(result, [file for file in files if file.exists()])
         self.run.save(self.number + 1, 0, {})
         return result
 
-    def _measure(
-        self, model: nn.Module, dataset: str | None, metrics: dict[str, Metric] | None = None
-    ) -> dict[str, float]:
-        return measure(self.run, self.stage, model, dataset, metrics)
+    def _keep(self, name: str) -> None:
+        """Let the student go on with other weights than its last."""
+        distributed.barrier()
+        original = self.run.models[self.stage.student.model]
+        load_weights(original, self.directory / f"{name}.safetensors")
+        self.spread.load(self.student, original)
 
-    def _write(self, name: str) -> None:
+    def _write(self, name: str, model: nn.Module) -> None:
+        state = sharding.whole(model.state_dict())
         if distributed.is_main():
-            save_weights(self.student, self.directory / f"{name}.safetensors")
+            save_weights(state, self.directory / f"{name}.safetensors")
 
-    def _steps(self, epoch: int) -> int:
-        return epoch * self.plan.steps
+    def _scheduled_weights(self) -> Numbers:
+        return dict(self.criterion.weights) if self.criterion.is_scheduled else {}
+
+    def _skipped_anywhere(self, summary: EpochSummary) -> dict[int, str]:
+        if self.stage.data.on_bad_sample == "raise":
+            return {}
+        ranks = distributed.gather_objects(summary.skipped)
+        return {index: why for skipped in ranks for index, why in sorted(skipped.items())}
 
     def _state(self) -> dict[str, Any]:
         return {
             "optimization": self.loop.optimization.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
             "best": vars(self.best),
             "validation": dict(self.validation),
             "seconds": self.seconds,
             "teachers": self.teachers,
         }
 
-    def _start_event(self) -> StageStart:
-        epoch = self.first_epoch
-        return StageStart(
-            position=Position(self.run.seed, self.number, epoch, self._steps(epoch)),
-            name=self.stage.name,
-            epochs=self.stage.epochs,
-            steps=self.plan.steps,
-            student=self.stage.student.model,
-            parameters=count_parameters(self.student),
-            trainable=sum(p.numel() for p in self.assembly.trainable()),
-            teachers=self.teachers,
-            notes=self.notes,
-        )
-
-    def _log(self, epoch: int, progress: Progress) -> None:
-        left = (self.stage.epochs - epoch) * self.plan.steps - progress.step
-        self.run.tell(
-            "step_end",
-            StepEnd(
-                position=Position(
-                    self.run.seed, self.number, epoch, self._steps(epoch) + progress.step
-                ),
-                stage=self.stage.name,
-                epochs=self.stage.epochs,
-                steps=self.plan.steps,
-                losses=progress.losses,
-                lr=self.loop.optimization.lr,
-                samples_per_second=progress.samples_per_second,
-                seconds_left=left * self.plan.batch_size / max(progress.samples_per_second, 1e-9),
-            ),
-        )
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _measure_teachers(
-    run: SeedRun, stage: Stage, assembly: Assembly
-) -> dict[str, dict[str, float]]:
-    """Measure each teacher before it teaches; one below its ``min_accuracy`` is an error."""
-    measured = {}
-    for role, teacher in stage.teachers.items():
-        measured[role] = measure(run, stage, assembly.roles[role], stage.data.validate)
-        if teacher.min_accuracy is None:
-            continue
-        accuracy = measured[role].get("accuracy")
-        path = (*teacher.path, "min_accuracy")
-        if accuracy is None:
-            raise run.builder.experiment.error(path, "needs 'accuracy' among the stage's metrics")
-        if accuracy < teacher.min_accuracy:
-            raise run.builder.experiment.error(
-                path,
-                f"teacher '{teacher.model}' reaches an accuracy of only {accuracy:.4f} on "
-                f"'{stage.data.validate}'; is its checkpoint right?",
-            )
-    return measured
-
 
 def _notes(assembly: Assembly, plan: Plan, copied: Iterable[str]) -> list[str]:
+    stage = assembly.stage
     notes = [f"{name} is overwritten by the model, so it is copied" for name in copied]
     if assembly.frozen:
         notes.append(f"{sum(p.numel() for p in assembly.frozen):,} parameters are frozen")
-    if plan.size % plan.batch_size == 1 and not plan.drop_last:
+    if stage.data.accumulate > 1:
+        samples = stage.data.accumulate * stage.data.batch_size
+        notes.append(f"a step is {stage.data.accumulate} batches, {samples:,} samples")
+    if plan.batch_sampler is None and plan.samples % plan.batch_size == 1 and not plan.drop_last:
         notes.append("the last batch of an epoch is a single sample; data.drop_last leaves it out")
+    if stage.parallel == "fsdp" and distributed.world_size() == 1:
+        notes.append("parallel: fsdp has nothing to share out in a single process")
     return notes

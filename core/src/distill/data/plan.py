@@ -1,0 +1,138 @@
+"""Which samples come in which batch and step, the same on every process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from distill import distributed, randomness
+from distill.errors import DataError
+
+Key = tuple[int, int]
+"""A sample in an epoch: its index, and how often it has come before in this epoch."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process's part of a global batch.
+
+    Attributes:
+        keys: what to read.
+        share: weight of its mean loss, see ``Batch``.
+        lead: so many keys in front belong to other processes; see ``distill.data.mixing``.
+        ends_step: whether the weights are updated after it.
+    """
+
+    keys: list[Key]
+    share: float
+    lead: int
+    ends_step: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batches of an epoch.
+
+    Attributes:
+        size: samples in the data set.
+        batch_size: samples a batch, over all processes.
+        drop_last: whether to leave out an incomplete last batch.
+        accumulate: batches a step; the last step of an epoch may have fewer.
+        sampler: gives the samples of an epoch; ``None`` for a new permutation every epoch.
+        batch_sampler: gives the batches of an epoch, in place of the above.
+    """
+
+    size: int
+    batch_size: int
+    drop_last: bool = False
+    accumulate: int = 1
+    sampler: Any = None
+    batch_sampler: Any = None
+
+    @property
+    def samples(self) -> int:
+        """Samples an epoch draws."""
+        return self.size if self.sampler is None else len(cast(Sized, self.sampler))
+
+    @property
+    def batches(self) -> int:
+        """Batches an epoch."""
+        if self.batch_sampler is not None:
+            return len(self.batch_sampler)
+        full, rest = divmod(self.samples, self.batch_size)
+        return full + bool(rest and not self.drop_last)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the weights an epoch."""
+        return -(-self.batches // self.accumulate)
+
+    def draw(self, seed: int, epoch: int) -> list[list[int]]:
+        """Return the samples of each global batch of an epoch.
+
+        Raises:
+            DataError: if a sampler gives no such samples, or not as many as its length says.
+        """
+        with randomness.seeded(seed, "order", epoch):
+            if self.batch_sampler is not None:
+                drawn = [list(batch) for batch in self.batch_sampler]
+                self._check(drawn, [i for batch in drawn for i in batch], len(self.batch_sampler))
+                return drawn
+            order = self._order(seed, epoch)
+        batches = [order[s : s + self.batch_size] for s in range(0, len(order), self.batch_size)]
+        return batches[: self.batches]
+
+    def parts(self, seed: int, epoch: int, lead: int = 0) -> Iterator[Part]:
+        """Yield this process's part of each batch of an epoch.
+
+        Args:
+            seed: of the run.
+            epoch: of the stage, from 0.
+            lead: samples of the neighbouring part that each part needs in front.
+        """
+        batches = self.draw(seed, epoch)
+        world, rank, seen = distributed.world_size(), distributed.rank(), Counter[int]()
+        for first in range(0, len(batches), self.accumulate):
+            step = batches[first : first + self.accumulate]
+            samples = sum(map(len, step))
+            for number, batch in enumerate(step):
+                keys = _counted(batch, seen)
+                start, end = (len(batch) * r // world for r in (rank, rank + 1))
+                share = (end - start) * world / samples
+                end = max(end, start + 1)  # with nothing left, a sample that does not count
+                before = lead if world > 1 else 0
+                own = [keys[i % len(keys)] for i in range(start - before, end)]
+                yield Part(own, share, before, number == len(step) - 1)
+
+    def _order(self, seed: int, epoch: int) -> list[int]:
+        if self.sampler is None:
+            generator = torch.Generator().manual_seed(randomness.derive(seed, "order", epoch))
+            return torch.randperm(self.size, generator=generator).tolist()
+        order = [int(index) for index in self.sampler]
+        self._check(order, order, len(self.sampler))
+        return order
+
+    def _check(self, drawn: Sequence[Any], indices: Sequence[int], promised: int) -> None:
+        kind = type(self.sampler or self.batch_sampler).__name__
+        if len(drawn) != promised:
+            raise DataError(
+                f"{kind} says that it has {promised} items and gave {len(drawn)}; processes and "
+                "schedules count on its length"
+            )
+        wrong = [index for index in indices if not 0 <= index < self.size]
+        if wrong or not all(batch != [] for batch in drawn):
+            what = f"sample {wrong[0]} of a data set of {self.size}" if wrong else "an empty batch"
+            raise DataError(f"{kind} gave {what}")
+
+
+def _counted(batch: Sequence[int], seen: Counter[int]) -> list[Key]:
+    """Give each index how often it has come before in this epoch."""
+    keys = []
+    for index in batch:
+        keys.append((index, seen[index]))
+        seen[index] += 1
+    return keys

@@ -1,0 +1,138 @@
+"""What a stage measures: its student, the student's average, and its teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from distill.config.experiment import Metric as MetricEntry
+from distill.config.experiment import Stage
+from distill.observer import Numbers
+from distill.training.average import Average
+from distill.training.evaluation import Evaluating, evaluate
+from distill.training.metrics import is_higher_better
+from distill.training.seed_run import SeedRun, is_sharded, memory_format
+from distill.training.stage import REDUCED
+
+
+@dataclass
+class Best:
+    """The best measurement so far; ``epoch`` counts from 1, 0 means none yet."""
+
+    epoch: int = 0
+    metrics: Numbers = field(default_factory=dict)
+
+    def beaten_by(self, metrics: Numbers, name: str, higher: bool) -> bool:
+        """Whether a metric is better than at the best so far."""
+        if name not in metrics or metrics[name] != metrics[name]:
+            return False
+        if self.epoch == 0:
+            return True
+        new, old = metrics[name], self.metrics[name]
+        return new > old if higher else new < old
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Measures the models of one stage by the same code.
+
+    Attributes:
+        roles: student and teachers by role.
+        average: of the student, measured beside it under ``ema.<metric>``.
+    """
+
+    run: SeedRun
+    stage: Stage
+    roles: Mapping[str, nn.Module]
+    average: Average | None = None
+
+    def improves(self, best: Best, metrics: Numbers) -> bool:
+        """Whether ``metrics`` are the best so far.
+
+        Raises:
+            ConfigError: if what decides is not among them.
+        """
+        name = self.stage.decisive
+        if name is None or not metrics:
+            return False
+        if name not in metrics:
+            place = self.stage.places.get("best_by", self.stage.path)
+            text = f"'{name}' is not among what is measured: {', '.join(metrics)}"
+            raise self.run.builder.experiment.error(place, text)
+        metric = self.run.builder.component("metrics", self.stage.metric(name).component)
+        return best.beaten_by(metrics, name, is_higher_better(metric))
+
+    def validate(self) -> dict[str, float]:
+        """Measure the student, and its average, on every validation data set."""
+        measured = self._validate(self.roles["student"], self._teachers())
+        if self.average is not None:
+            averaged = self._validate(self.average.model, self._teachers())
+            measured.update({f"ema.{name}": value for name, value in averaged.items()})
+        return measured
+
+    def teachers(self) -> dict[str, dict[str, float]]:
+        """Measure each teacher before it teaches.
+
+        Raises:
+            ConfigError: if one is below its ``min_accuracy``.
+        """
+        measured = {}
+        for role, teacher in self.stage.teachers.items():
+            measured[role] = self._validate(self.roles[role], {})
+            if teacher.min_accuracy is not None:
+                self._check_accuracy(role, measured[role])
+        return measured
+
+    def test(self, dataset: str, entries: Iterable[MetricEntry]) -> dict[str, float]:
+        """Measure the student as it is now on the test data."""
+        return self._measure(self.roles["student"], dataset, entries, self._teachers())
+
+    def _teachers(self) -> dict[str, nn.Module]:
+        return {role: model for role, model in self.roles.items() if role != "student"}
+
+    def _validate(self, model: nn.Module, teachers: Mapping[str, nn.Module]) -> dict[str, float]:
+        measured: dict[str, float] = {}
+        for number, name in enumerate(self.stage.data.validate):
+            prefix = f"{name}." if number else ""
+            values = self._measure(model, name, self.stage.metrics, teachers)
+            measured.update({prefix + key: value for key, value in values.items()})
+        return measured
+
+    def _measure(
+        self,
+        model: nn.Module,
+        dataset: str,
+        entries: Iterable[MetricEntry],
+        teachers: Mapping[str, nn.Module],
+    ) -> dict[str, float]:
+        metrics = self.run.metrics(entries, teachers)
+        how = evaluating(self.run, self.stage)
+        return evaluate(model, self.run.sources[dataset], metrics, how, teachers)
+
+    def _check_accuracy(self, role: str, measured: Numbers) -> None:
+        teacher, experiment = self.stage.teachers[role], self.run.builder.experiment
+        path = (*teacher.path, "min_accuracy")
+        accuracy, least = measured.get("accuracy"), teacher.min_accuracy
+        if accuracy is None:
+            raise experiment.error(path, "needs 'accuracy' among the stage's metrics")
+        if least is not None and accuracy < least:
+            raise experiment.error(
+                path,
+                f"teacher '{teacher.model}' reaches an accuracy of only {accuracy:.4f} on "
+                f"'{self.stage.data.validate[0]}'; is its checkpoint right?",
+            )
+
+
+def evaluating(run: SeedRun, stage: Stage) -> Evaluating:
+    """Return how a stage runs its models for their metrics."""
+    return Evaluating(
+        batch_size=stage.data.batch_size,
+        device=run.device,
+        seed=run.seed,
+        loading=run.loading(stage),
+        autocast=REDUCED.get(stage.precision),
+        memory_format=memory_format(stage),
+        in_step=is_sharded(stage),
+    )

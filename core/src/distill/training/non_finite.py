@@ -1,0 +1,118 @@
+"""A gradient that is not finite: noticed before it is followed, and what it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill import distributed
+from distill.data.batch import map_tensors
+from distill.data.source import Source
+from distill.errors import DataError, DistillError, NumericalError
+from distill.model.criterion import TOTAL
+from distill.training import sharding
+
+MOST_SAMPLES_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch of a step: its losses by name, its samples, and whether it counts."""
+
+    losses: Mapping[str, torch.Tensor]
+    index: torch.Tensor
+    counts: bool = True
+
+
+class NonFinite(DistillError):
+    """The gradient of a step, which counts from 1, is not finite; raised on every process."""
+
+    def __init__(self, step: int, seen: Sequence[Seen]):
+        self.step = step
+        self.seen = seen
+        super().__init__(f"the gradient of step {step} is not finite")
+
+
+def losses_are_finite(seen: Sequence[Seen], device: torch.device) -> bool:
+    """Whether every loss of a step is finite on every process."""
+    bad = sum(1 for batch in seen if not math.isfinite(float(batch.losses[TOTAL])))
+    return bool(distributed.sum_over_ranks(torch.tensor([float(bad)]), device).item() == 0)
+
+
+def explanation(
+    error: NonFinite, stage: str, trained: Mapping[str, nn.Module], source: Source
+) -> NumericalError:
+    """Say in which step, process, term and samples it began; every process must ask.
+
+    Args:
+        error: what was noticed.
+        stage: its name.
+        trained: what the stage trains, by name, with the gradients of the step.
+        source: where the samples come from.
+    """
+    found = distributed.gather_objects(_findings(error.seen, source))
+    lines = [
+        _line(rank, finding) for rank, findings in enumerate(found) for finding in findings
+    ] or [_gradient_line(trained)]
+    return NumericalError(
+        f"stage '{stage}', step {error.step}: {'; '.join(lines)}. The weights are as they were "
+        "before this step, and the last checkpoint is from before. If the data is right, a lower "
+        "learning rate, clip.norm or precision: fp32 may help"
+    )
+
+
+def _findings(seen: Sequence[Seen], source: Source) -> list[dict[str, Any]]:
+    findings = []
+    for batch in seen:
+        values = {name: float(loss) for name, loss in batch.losses.items()}
+        bad = {n: v for n, v in values.items() if not math.isfinite(v) and n != TOTAL}
+        if batch.counts and not math.isfinite(values[TOTAL]):
+            samples = batch.index.tolist()
+            unreadable = [index for index in samples if not _is_finite(source, index)]
+            findings.append({"terms": bad, "samples": samples, "inputs": unreadable})
+    return findings
+
+
+def _is_finite(source: Source, index: int) -> bool:
+    """Whether everything in a sample's input is finite."""
+    try:
+        value = source.read(index).input
+    except DataError:
+        return True
+    flags: list[bool] = []
+    map_tensors(lambda t: flags.append(bool(torch.isfinite(t).all())) or t, value)  # type: ignore[func-returns-value]
+    return all(flags)
+
+
+def _line(rank: int, finding: Mapping[str, Any]) -> str:
+    terms = " and ".join(f"'{name}' is {value}" for name, value in finding["terms"].items())
+    where = f" on rank {rank}" if distributed.world_size() > 1 else ""
+    line = f"the term {terms or 'total is not finite'}{where}"
+    if finding["inputs"]:
+        return f"{line}; the input of {_samples(finding['inputs'])} is not finite"
+    return f"{line}, for {_samples(finding['samples'])}"
+
+
+def _samples(indices: Sequence[int]) -> str:
+    shown = ", ".join(map(str, indices[:MOST_SAMPLES_SHOWN]))
+    more = len(indices) - MOST_SAMPLES_SHOWN
+    return (
+        f"sample{'s' if len(indices) > 1 else ''} {shown}{f' and {more} more' if more > 0 else ''}"
+    )
+
+
+def _gradient_line(trained: Mapping[str, nn.Module]) -> str:
+    bad = [
+        name
+        for owner, module in trained.items()
+        for name, parameter in module.named_parameters(prefix=owner)
+        if parameter.grad is not None
+        and not bool(torch.isfinite(sharding.local_part(parameter.grad)).all())
+    ]
+    some = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    return f"every term is finite, the gradient of {some or 'some parameter'} is not"

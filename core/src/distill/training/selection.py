@@ -1,0 +1,73 @@
+"""Which parameters an entry of the file means: by module, name pattern or class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from distill.errors import DistillError, did_you_mean
+from distill.model.capture import find_module
+
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+WORDS = ("bias", "norm")
+
+
+def select_parameters(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters that one entry means.
+
+    Args:
+        entry: a module (``student.layer1``, ``regressor``), a parameter or a pattern of parameters'
+            names (``student.*.bias``), a class (``BatchNorm2d``), or one of the words ``bias``
+            (every parameter of that name) and ``norm`` (those of normalization layers).
+        trained: what the stage trains, by name.
+
+    Raises:
+        DistillError: if it means nothing here.
+    """
+    for owner, module in trained.items():
+        if entry == owner or entry.startswith(f"{owner}."):
+            path = entry.removeprefix(owner).removeprefix(".")
+            named = _by_name(entry, trained)
+            return named or list(find_module(module, path).parameters())
+    chosen = _by_name(entry, trained) or _by_class(entry, trained)
+    if not chosen:
+        raise DistillError(_unknown(entry, trained))
+    return chosen
+
+
+def _by_name(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    pattern = "*.bias" if entry == "bias" else entry
+    return [
+        parameter
+        for owner, module in trained.items()
+        for name, parameter in module.named_parameters(prefix=owner)
+        if fnmatchcase(name, pattern)
+    ]
+
+
+def _by_class(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    modules = [module for root in trained.values() for module in root.modules()]
+    return [
+        parameter
+        for module in modules
+        if type(module).__name__ == entry or (entry == "norm" and isinstance(module, NORMS))
+        for parameter in module.parameters()
+    ]
+
+
+def _unknown(entry: str, trained: Mapping[str, nn.Module]) -> str:
+    if any(sign in entry for sign in "*?["):
+        names = [n for owner, m in trained.items() for n, _ in m.named_parameters(prefix=owner)]
+        shown = ", ".join(names[:3])
+        return f"no parameter's name fits '{entry}' (they are called: {shown}, ...)"
+    classes = {type(m).__name__ for root in trained.values() for m in root.modules()}
+    known = [*trained, *sorted(classes), *WORDS]
+    hint = did_you_mean(entry, known) or f" (modules: {', '.join(trained)})"
+    return f"'{entry}' is neither a module nor a class of one that trains{hint}"

@@ -1,0 +1,80 @@
+"""Tensors of which each process holds a part (FSDP), and what has to be whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distill.data.batch import map_tensors
+
+
+def whole(value: Any) -> Any:
+    """Return ``value`` with every parted tensor gathered; every process must ask for it."""
+    return map_tensors(lambda t: t.full_tensor() if is_parted(t) else t, value)  # type: ignore[attr-defined]
+
+
+def parted(state: dict[str, Any], parameters: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Return an optimizer's whole state in parts like its parameters'."""
+    if not any(map(is_parted, parameters)):
+        return state
+    return {
+        **state,
+        "state": {
+            number: {name: _like(value, parameters[number]) for name, value in kept.items()}
+            for number, kept in state["state"].items()
+        },
+    }
+
+
+def all_finite(gradients: Sequence[torch.Tensor]) -> bool:
+    """Whether every element is finite, on all processes.
+
+    Gradients that DDP has averaged are alike everywhere: each process finds the same for itself. Of
+    parted ones each looks at its own, and all are asked.
+    """
+    if not gradients:
+        return True
+    local = [local_part(gradient) for gradient in gradients]
+    found = torch.zeros(1, device=local[0].device)
+    for dtype in {g.dtype for g in local}:
+        same = [g.coalesce().values() if g.is_sparse else g for g in local if g.dtype == dtype]
+        # What GradScaler looks for overflows with: a single pass, which multiplies by 1 here.
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            same, found, torch.ones((), device=found.device)
+        )
+    if any(map(is_parted, gradients)):
+        dist.all_reduce(found)
+    return found.item() == 0
+
+
+@torch.no_grad()
+def load(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite what a module holds, whole or in parts, with whole values."""
+    for name, tensor in module.state_dict().items():
+        local_part(tensor).copy_(local_part(_like(state[name], tensor)))
+
+
+def is_parted(value: Any) -> bool:
+    """Whether each process holds a part of a tensor only."""
+    # Looked up, since importing it takes a second and nobody but FSDP needs it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """Return what this process holds of a tensor."""
+    return tensor.to_local() if is_parted(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def _like(value: Any, parameter: Any) -> Any:
+    is_alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    if not is_alike or not is_parted(parameter):
+        return value
+    module = sys.modules["torch.distributed.tensor"]
+    on_device = value.to(parameter.device)
+    return module.distribute_tensor(on_device, parameter.device_mesh, parameter.placements)
