@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from distill import plugins
+from distill import distributed, plugins
 from distill.registry import Registry
 
 torch.set_num_threads(1)
@@ -91,6 +92,22 @@ def place() -> Callable[[str, str], str]:
         return f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
 
     return find
+
+
+@pytest.fixture
+def every_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], list[Any]]:
+    """Call something as every process of a world in turn: ``every_rank(world, read)``."""
+
+    def call(world: int, read: Callable[[], Any]) -> list[Any]:
+        results = []
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "world_size", lambda: world)
+            for rank in range(world):
+                patch.setattr(distributed, "rank", lambda rank=rank: rank)
+                results.append(read())
+        return results
+
+    return call
 
 
 def _hide_installed_plugins(patch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.errors import ConfigError, DistillError, PluginError, UsageError
+from distill.errors import ConfigError, DistillError, NumericalError, PluginError, UsageError
 from distill.registry import SINGULAR
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ def _is_lost_contact(error: Exception) -> bool:
 
 
 def _print_error(error: DistillError) -> None:
-    """Print a message once: what is wrong with a file, every process finds."""
+    """Print a message once: what is wrong with a file, or a gradient, every process finds."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         click.echo(f"{_heading(error)}{error}", err=True)
-    elif not isinstance(error, (ConfigError, PluginError)):
+    elif not isinstance(error, (ConfigError, NumericalError, PluginError)):
         click.echo(f"process {rank}: {error}", err=True)
 
 

@@ -17,3 +17,11 @@ def test_hooks_are_marked_and_return_named_factories(hook):
     offered = getattr(plugin, hook)
     assert offered.distill_impl
     assert all(isinstance(name, str) and callable(make) for name, make in offered().items())
+
+
+def test_presets_lie_in_the_package_and_begin_with_what_they_are():
+    assert plugin.distill_presets.distill_impl
+    offered = plugin.distill_presets()
+    data = ("cifar10", "cifar100", "imagenet")
+    assert set(offered) == {f"{name}-{role}" for name in data for role in ("teacher", "student")}
+    assert all(file.read_text("utf-8").startswith("# ") for file in offered.values())

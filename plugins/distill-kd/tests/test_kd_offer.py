@@ -16,6 +16,13 @@ def test_offers_kdloss_under_the_name_of_its_class():
     assert distill_kd.distill_losses() == {"KDLoss": KDLoss}
 
 
+def test_offers_the_presets_that_lie_in_the_package():
+    assert hasattr(distill_kd.distill_presets, "distill_impl")
+    offered = distill_kd.distill_presets()
+    assert set(offered) == {"cifar10-kd", "cifar100-kd", "imagenet-kd"}
+    assert all(file.read_text("utf-8").startswith("# ") for file in offered.values())
+
+
 def test_offer_is_marked_as_a_hook_of_distill():
     assert hasattr(distill_kd.distill_losses, "distill_impl")
 

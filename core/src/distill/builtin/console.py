@@ -11,6 +11,7 @@ from typing import TextIO
 from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
 
 SECONDS_BETWEEN_PLAIN_LINES = 30
+MOST_METRICS_IN_A_LINE = 4
 
 
 class Console(Observer):
@@ -53,8 +54,8 @@ class Console(Observer):
             f"of {_count(event.steps, 'step')}"
         )
         for role, metrics in event.teachers.items():
-            measured = _metrics(metrics) or "not measured: the stage has no validation data"
-            self._line(f"  {role}: {measured}")
+            measured = _after(metrics) or "  not measured: the stage has no validation data"
+            self._line(f"  {role}:{measured}")
         for note in event.notes:
             self._line(f"  note: {note}")
 
@@ -77,16 +78,16 @@ class Console(Observer):
     def evaluation_end(self, event: EvaluationEnd) -> None:
         """Show what the student reaches in the middle of an epoch."""
         best = "  best" if event.is_best else ""
-        self._line(f"  step {event.position.step:,}  {_metrics(event.metrics)}{best}")
+        self._line(f"  step {event.position.step:,}{_after(event.metrics)}{best}")
 
     def epoch_end(self, event: EpochEnd) -> None:
         """Show the epoch's means and what the student reaches."""
-        measured = f"  {_metrics(event.metrics)}" if event.metrics else ""
+        measured = _after(event.metrics)
         best = "  best" if event.is_best and event.position.epoch > 1 else ""
         self._line(
-            f"  epoch {event.position.epoch}/{event.epochs}  {_losses(event.losses)}{measured}"
+            f"  epoch {event.position.epoch}/{event.epochs}  {_losses(event.losses)}"
             f"  lr {event.lr:.3g}  {event.samples_per_second:,.0f} samples/s"
-            f"  {event.seconds:.1f} s{best}"
+            f"  {event.seconds:.1f} s{measured}{best}"
         )
         if event.overflows:
             left_out = _count(event.overflows, "step")
@@ -98,7 +99,7 @@ class Console(Observer):
     def stage_end(self, event: StageEnd) -> None:
         """Show the test result and where the student lies."""
         if event.result.test:
-            self._line(f"  test: {_metrics(event.result.test)}")
+            self._line(f"  test:{_after(event.result.test)}")
         self._line(f"  student: {event.files[0]}")
 
     def run_end(self, event: RunEnd) -> None:
@@ -124,10 +125,15 @@ def _losses(losses: Mapping[str, float]) -> str:
     return " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
 
 
-def _metrics(metrics: Mapping[str, float]) -> str:
+def _after(metrics: Mapping[str, float]) -> str:
+    """Return metrics to put behind something else: a line each data set if there are many."""
     # Parts of a metric (of each class, say) are for the files; there may be hundreds.
     shown = [name for name in metrics if "/" not in name or name.endswith("/mean")]
-    return " ".join(f"{name} {metrics[name]:.4f}" for name in shown)
+    groups: dict[str, list[str]] = {}
+    for name in shown:
+        groups.setdefault(name.rpartition(".")[0], []).append(f"{name} {metrics[name]:.4f}")
+    apart = "\n    " if len(shown) > MOST_METRICS_IN_A_LINE else "  "
+    return "".join(apart + " ".join(group) for group in groups.values())
 
 
 def _duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ class CrossEntropy:
     """Adds up cross entropy and labels; the sums stay on the device until they are asked for."""
 
     higher_is_better = False
+    is_fraction = False
 
     def __init__(self) -> None:
         self.reset()

@@ -36,14 +36,14 @@ class Reading:
         if match:
             dead = {int(pid) for pid in match[1].split(",")}
             at = [index for pid, index in rows if pid in dead]
-            why = error.partition(") ")[2].rstrip(". ").partition(". ")[0]
+            why = error.partition(") ")[2].rstrip(". ").partition(". ")[0].removeprefix("is ")
             return (
                 f"a loader worker died{_at(at)} ({why}); the system kills workers that need too "
                 "much memory: fewer data.workers need less"
             )
         if "timed out" in error:
             at = [index for _, index in rows]
-            return f"no loader worker answers for {timeout:g} s (data.worker_timeout){_at(at)}"
+            return f"no loader worker has answered for {timeout:g} s (data.worker_timeout){_at(at)}"
         return error
 
 

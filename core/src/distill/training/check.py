@@ -55,8 +55,9 @@ class _Checker:
     def run(self) -> None:
         for kind, component, provided in _opened_later(self.experiment):
             self.faults += self.builder.faults(kind, component, provided)
-        for kind, component in _built_at_once(self.experiment):
-            self._attempt(self.builder.component, kind, component)
+        with torch.device("cpu"):  # some compute with small tensors
+            for kind, component in _built_at_once(self.experiment):
+                self._attempt(self.builder.component, kind, component)
         models = {
             name: self._attempt(self.builder.model, name, 0) for name in self.experiment.models
         }

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from distill.training import sharding
+
 
 class Unchanged:
     """Watches over frozen teachers: their weights, and in eval mode their buffers too."""
@@ -27,6 +29,6 @@ class Unchanged:
         tensors += list(teacher.buffers()) if self._modes[role] == "eval" else []
         digest = hashlib.sha256()
         for tensor in tensors:
-            flat = tensor.detach().cpu().contiguous().view(-1)
+            flat = sharding.whole(tensor.detach()).cpu().contiguous().view(-1)
             digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

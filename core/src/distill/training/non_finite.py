@@ -40,7 +40,7 @@ class NonFinite(DistillError):
 
 def losses_are_finite(seen: Sequence[Seen], device: torch.device) -> bool:
     """Whether every loss of a step is finite on every process."""
-    bad = sum(1 for batch in seen if not math.isfinite(float(batch.losses[TOTAL])))
+    bad = sum(1 for batch in seen if not math.isfinite(batch.losses[TOTAL].item()))
     return bool(distributed.sum_over_ranks(torch.tensor([float(bad)]), device).item() == 0)
 
 
@@ -55,10 +55,11 @@ def explanation(
         trained: what the stage trains, by name, with the gradients of the step.
         source: where the samples come from.
     """
-    found = distributed.gather_objects(_findings(error.seen, source))
-    lines = [
-        _line(rank, finding) for rank, findings in enumerate(found) for finding in findings
-    ] or [_gradient_line(trained)]
+    ranks = distributed.gather_objects(_findings(error.seen, source))
+    found = [(rank, finding) for rank, findings in enumerate(ranks) for finding in findings]
+    # Through BatchNorm over all processes one bad input makes every process's losses bad.
+    culprits = [(rank, finding) for rank, finding in found if finding["inputs"]] or found
+    lines = [_line(rank, finding) for rank, finding in culprits] or [_gradient_line(trained)]
     return NumericalError(
         f"stage '{stage}', step {error.step}: {'; '.join(lines)}. The weights are as they were "
         "before this step, and the last checkpoint is from before. If the data is right, a lower "
@@ -69,7 +70,7 @@ def explanation(
 def _findings(seen: Sequence[Seen], source: Source) -> list[dict[str, Any]]:
     findings = []
     for batch in seen:
-        values = {name: float(loss) for name, loss in batch.losses.items()}
+        values = {name: loss.item() for name, loss in batch.losses.items()}
         bad = {n: v for n, v in values.items() if not math.isfinite(v) and n != TOTAL}
         if batch.counts and not math.isfinite(values[TOTAL]):
             samples = batch.index.tolist()

@@ -73,8 +73,9 @@ def _sharded(
     assert plain.distiller is not None
     cloned = {role: capture.cloned for role, capture in plain.distiller.captures.items()}
     plain.distiller.release()  # so that its hooks are not copied
-    names = {stage.student.model, *(teacher.model for teacher in stage.teachers.values())}
-    models = {name: copy.deepcopy(run.models[name]) for name in names}
+    # In an order that is the same in every process, since they exchange weights one by one.
+    names = [stage.student.model, *(teacher.model for teacher in stage.teachers.values())]
+    models = {name: copy.deepcopy(run.models[name]) for name in dict.fromkeys(names)}
     parts = {key: copy.deepcopy(part) for key, part in run.parts.items()}
     assembly = assemble(run.builder, stage, models, parts, run.seed, run.device)
     distiller = assembly.distiller
@@ -86,7 +87,6 @@ def _sharded(
         stack.enter_context(synchronized([distiller]))
     parallel = shard(distiller, run.device, [average.model] if average is not None else [])
     start_sharded(distiller, run.first_batch(stage, source, run.device))
-    trained = [models[name] for name in models if name in run.trained]
-    copies = [(run.models[name], models[name]) for name in models if models[name] in trained]
+    copies = [(run.models[name], models[name]) for name in models if name in run.trained]
     copies += [(run.parts[key], part) for key, part in parts.items()]
     return Spread(assembly, parallel, average, copies)

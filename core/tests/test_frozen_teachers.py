@@ -1,10 +1,11 @@
+"""That frozen teachers stay as they are."""
+
 import pytest
 import torch
 from torch import nn
 
-from distill import DistillError
 from distill.testing import ToyConvNet, ToyMLP
-from distill.training.freezing import Unchanged, frozen_parameters
+from distill.training.frozen_teachers import Unchanged
 
 
 class Counting(nn.Module):
@@ -22,45 +23,6 @@ class Counting(nn.Module):
 
 def watch(teacher, mode="eval"):
     return Unchanged({"teacher": teacher}, {"teacher": mode})
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ("student", ["conv.weight", "conv.bias", "norm.weight", "norm.bias", "head.weight"]),
-        ("student.conv", ["conv.weight", "conv.bias"]),
-        ("BatchNorm2d", ["norm.weight", "norm.bias"]),
-        ("ToyConvNet", ["conv.weight", "conv.bias", "norm.weight", "norm.bias", "head.weight"]),
-    ],
-)
-def test_an_entry_means_a_module_by_path_or_all_of_a_class(entry, expected):
-    model = ToyConvNet()
-    model.head.bias = None
-    names = {id(p): name for name, p in model.named_parameters()}
-    chosen = frozen_parameters(entry, {"student": model, "regressor": nn.Linear(2, 2)})
-    assert [names[id(p)] for p in chosen] == expected
-
-
-def test_an_entry_may_mean_an_auxiliary_module():
-    regressor = nn.Linear(2, 2)
-    chosen = frozen_parameters("regressor", {"student": ToyMLP(), "regressor": regressor})
-    assert [id(p) for p in chosen] == [id(p) for p in regressor.parameters()]
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("student.haed", "ToyMLP has no module 'haed'; did you mean head"),
-        (
-            "Liner",
-            "'Liner' is neither a module nor a class of one that trains; did you mean Linear",
-        ),
-        ("zzz", r"\(modules: student\)"),
-    ],
-)
-def test_an_entry_that_means_nothing_is_answered_with_the_nearest(entry, message):
-    with pytest.raises(DistillError, match=message):
-        frozen_parameters(entry, {"student": ToyMLP()})
 
 
 def test_a_teacher_that_only_answers_is_unchanged():
@@ -101,3 +63,10 @@ def test_buffers_of_any_type_are_watched(dtype):
     assert check.changed() == []
     teacher.state.fill_(1)
     assert check.changed() == ["teacher"]
+
+
+def test_teachers_are_told_apart():
+    teachers = {"old": ToyMLP(), "new": ToyMLP()}
+    check = Unchanged(teachers, {"old": "eval", "new": "eval"})
+    teachers["new"].head.bias.data[0] += 1
+    assert check.changed() == ["new"]

@@ -1,0 +1,190 @@
+"""A stage's learning-rate schedulers: one, several in a row, or several at once."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from distill.testing import toy_experiment, toy_registry
+from distill.training.build import Builder
+from distill.training.optimizer import build_schedule
+from distill.training.schedule import watches
+
+PLATEAU = {"type": "ReduceLROnPlateau", "params": {"mode": "max", "factor": 0.1, "patience": 0}}
+WARMUP = {"type": "LinearLR", "params": {"start_factor": 0.25, "total_iters": 3}}
+HALVING = {"type": "ExponentialLR", "params": {"gamma": 0.5}}
+
+
+class Rates:
+    """The learning rates of an optimizer over a schedule."""
+
+    def __init__(self, folder, scheduler, lrs=(1.0,), **stage):
+        parameters = [nn.Parameter(torch.ones(1)) for _ in lrs]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, lrs, strict=True)]
+        self.optimizer = torch.optim.SGD(groups, lr=1.0)
+        experiment = toy_experiment(folder, {"scheduler": scheduler, **stage})
+        builder = Builder(experiment, toy_registry())
+        self.schedule = build_schedule(builder, experiment.stages[0], self.optimizer)
+
+    def now(self):
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return rates[0] if len(rates) == 1 else rates
+
+    def over(self, count, unit="epochs", first=0):
+        """The rate of each epoch (or step)."""
+        rates = []
+        for done in range(first + 1, first + count + 1):
+            rates.append(self.now())
+            self.optimizer.step()
+            self.schedule.advance(unit, done)
+        return rates
+
+
+def torchs(make, count):
+    """The rates that torch's own scheduler gives."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler, rates = make(optimizer), []
+    for _ in range(count):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_without_a_scheduler_there_is_no_schedule(tmp_path):
+    assert Rates(tmp_path, None).schedule is None
+
+
+def test_a_scheduler_steps_once_an_epoch(tmp_path):
+    scheduler = {"type": "MultiStepLR", "params": {"milestones": [1, 3], "gamma": 0.1}}
+    assert Rates(tmp_path, scheduler).over(4) == pytest.approx([1.0, 0.1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(("unit", "other"), [("epochs", "steps"), ("steps", "epochs")])
+def test_a_scheduler_steps_in_its_unit_alone(tmp_path, unit, other):
+    rates = Rates(tmp_path, {**HALVING, "unit": unit})
+    assert rates.over(3, other) == [1.0, 1.0, 1.0]
+    assert rates.over(3, unit) == [1.0, 0.5, 0.25]
+
+
+def test_a_scheduler_is_torchs_own_to_the_bit(tmp_path):
+    scheduler = {"type": "CosineAnnealingLR", "params": {"T_max": 7}, "unit": "steps"}
+    assert Rates(tmp_path, scheduler).over(7, "steps") == torchs(
+        lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 7), 7
+    )
+
+
+def test_each_of_a_row_starts_from_the_rates_of_the_file(tmp_path):
+    row = [{**WARMUP, "until": 3}, {**HALVING, "until": 5}, HALVING]
+    expected = [0.25, 0.5, 0.75, 1.0, 0.5, 1.0, 0.5, 0.25]
+    assert Rates(tmp_path, row).over(8) == pytest.approx(expected)
+
+
+def test_each_group_of_parameters_starts_from_its_own_rate(tmp_path):
+    row = [{**WARMUP, "until": 1}, HALVING]
+    rates = Rates(tmp_path, row, lrs=(1.0, 0.1)).over(3)
+    assert rates == [pytest.approx(r) for r in ([0.25, 0.025], [1.0, 0.1], [0.5, 0.05])]
+
+
+def test_a_row_may_hand_over_in_another_unit_than_the_next_one_counts(tmp_path):
+    rates = Rates(tmp_path, [{**WARMUP, "unit": "steps", "until": 3}, HALVING])
+    seen = []
+    for epoch in range(3):
+        seen += rates.over(2, "steps", first=2 * epoch)
+        rates.schedule.advance("epochs", epoch + 1)
+    assert seen == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.5, 0.5])
+
+
+def test_without_until_all_act_at_once(tmp_path):
+    rates = Rates(tmp_path, [WARMUP, HALVING]).over(4)
+    assert rates == pytest.approx([0.25, 0.5 * 0.5, 0.75 * 0.25, 1.0 * 0.125])
+
+
+def test_what_one_of_a_row_changed_beside_the_rate_is_undone(tmp_path):
+    cycle = {"type": "OneCycleLR", "params": {"max_lr": 3.0, "total_steps": 4}, "until": 2}
+    rates = Rates(tmp_path, [cycle, HALVING])
+    momentum = rates.optimizer.param_groups[0]["momentum"]
+    rates.over(2)
+    assert momentum != 0
+    group = rates.optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (1.0, 0)
+    assert "max_lr" not in group
+
+
+def test_a_scheduler_that_watches_is_given_the_validation_metric(tmp_path):
+    rates, seen = Rates(tmp_path, PLATEAU), []
+    for epoch, accuracy in enumerate((0.5, 0.6, 0.6, 0.7)):
+        rates.schedule.measured({"accuracy": accuracy})
+        rates.schedule.advance("epochs", epoch + 1)
+        seen.append(rates.now())
+    assert seen == pytest.approx([1.0, 1.0, 0.1, 0.1])
+
+
+def test_it_watches_the_metric_that_it_names_or_else_what_decides(tmp_path):
+    metrics = ["accuracy", {"type": "accuracy", "params": {"top_k": 2}, "name": "top"}]
+    given = [{"accuracy": 0.1, "top": 0.9}, {"accuracy": 0.2, "top": 0.8}]
+    for entry, stage, expected in (
+        ({**PLATEAU, "watch": "top"}, {}, 0.1),
+        (PLATEAU, {"best_by": "top"}, 0.1),
+        ({**PLATEAU, "watch": "accuracy"}, {"best_by": "top"}, 1.0),
+        (PLATEAU, {}, 1.0),
+    ):
+        rates = Rates(tmp_path, entry, metrics=metrics, **stage)
+        for measured in given:
+            rates.schedule.measured(measured)
+        assert rates.now() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR"])
+def test_other_schedulers_are_not_given_a_metric(tmp_path, name):
+    params = {"step_size" if name == "StepLR" else "T_max": 1}
+    rates = Rates(tmp_path, {"type": name, "params": params})
+    rates.optimizer.step()
+    rates.schedule.measured({"accuracy": 0.9})
+    assert rates.now() == 1.0
+    rates.schedule.advance("epochs", 1)
+    assert rates.now() < 1.0
+
+
+def test_a_row_may_end_in_one_that_watches(tmp_path):
+    rates, seen = Rates(tmp_path, [{**WARMUP, "until": 2}, PLATEAU]), []
+    for epoch, accuracy in enumerate((0.9, 0.8, 0.5, 0.4, 0.3)):
+        seen.append(rates.now())
+        rates.optimizer.step()
+        rates.schedule.measured({"accuracy": accuracy})
+        rates.schedule.advance("epochs", epoch + 1)
+    assert [*seen, rates.now()] == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.1, 0.01])
+
+
+def test_what_watches_is_told_by_what_its_step_takes():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    assert watches(lr_scheduler.ReduceLROnPlateau(optimizer))
+    assert not watches(lr_scheduler.StepLR(optimizer, 1))
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        HALVING,
+        [WARMUP, HALVING],
+        [{**WARMUP, "until": 3}, {**HALVING, "until": 5}, HALVING],
+        [{**WARMUP, "until": 2}, {"type": "CosineAnnealingLR", "params": {"T_max": 6}}],
+        [
+            {**HALVING, "until": 2},
+            {"type": "OneCycleLR", "params": {"max_lr": 3.0, "total_steps": 9}},
+        ],
+    ],
+)
+def test_it_goes_on_from_a_saved_state_as_it_would_have(tmp_path, entries, stopped):
+    whole = Rates(tmp_path, entries).over(8)
+    first = Rates(tmp_path, entries)
+    before = first.over(stopped)
+    saved = copy.deepcopy((first.schedule.state_dict(), first.optimizer.state_dict()))
+    again = Rates(tmp_path, entries)
+    again.schedule.start_from(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    again.schedule.load_state_dict(saved[0])
+    assert before + again.over(8 - stopped, first=stopped) == whole
