@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from distill.config import inheritance, resolve, schema
+from distill.config.experiment import WeightSchedule
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "experiment-file.md").read_text("utf-8")
@@ -13,7 +14,7 @@ PAGE = (ROOT / "docs" / "experiment-file.md").read_text("utf-8")
 
 def _section(title: str) -> dict[str, str]:
     """Return key -> default of the first table under a heading."""
-    text = PAGE.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0].split("\n### ", 1)[0]
+    text = PAGE.split(f"# {title}\n", 1)[1].split("\n## ", 1)[0].split("\n### ", 1)[0]
     rows = re.findall(r"^\| (`[^|]+`) \| ([^|]*) \|", text, re.MULTILINE)
     return {
         key.strip("`"): default.strip().strip("`")
@@ -36,6 +37,14 @@ def test_every_key_of_the_experiment_is_documented() -> None:
 def test_every_key_of_a_stage_is_documented() -> None:
     data = {f"data.{key}" for key in _keys(schema.DATA)}
     assert set(_section("Stages")) == (_keys(schema.STAGE) - {"data"}) | data
+
+
+def test_every_key_of_a_schedule_is_documented() -> None:
+    weight = _section("Weights that change")
+    assert set(weight) == _keys(schema.WEIGHT)
+    for key, field in WeightSchedule.__dataclass_fields__.items():
+        assert _as_yaml(field.default) == weight[key], key
+    assert set(_section("Schedulers")) == _keys(schema.SCHEDULER)
 
 
 def test_documented_defaults_are_those_in_force() -> None:
@@ -70,4 +79,6 @@ def _as_yaml(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_as_yaml(item)}" for key, item in value.items()) + "}"
     return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)

@@ -7,9 +7,9 @@ import torch
 
 from distill import DistillError, distributed
 from distill.builtin.accuracy import accuracy
-from distill.data.loader import Source
+from distill.data.source import Source
 from distill.testing import ToyData, ToyMLP, run_processes
-from distill.training.evaluation import evaluate
+from distill.training.evaluation import Evaluating, evaluate
 from distill.training.metrics import Meter
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def measure():
     assert meter.read() == ({"ce": (3 * 1.0 + 1 * 2.0) / 4}, 4.0)
     torch.manual_seed(0)
     model, data = ToyMLP(), ToyData(23)
-    found = evaluate(model, Source("d", data), {"a": accuracy()}, batch_size=4, device=CPU)
+    found = evaluate(model, Source("d", data), {"a": accuracy()}, Evaluating(4, CPU))
     hits = (model(data.inputs).argmax(1) == torch.tensor(data.labels)).sum().item()
     assert found == {"a": hits / 23}
 

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from distill import ConfigError, DataError
-from distill.data.loader import Plan, training_batches
+from distill.data.loader import sample_batch, training_batches
+from distill.data.plan import Plan
 from distill.testing import ToyConvNet, ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.rehearsal import rehearse
@@ -83,10 +84,17 @@ def assembled(folder, stage, **keys):
     return builder, assembly
 
 
+def rehearse_on(builder, assembly):
+    """Rehearse a stage on its own data."""
+    source, data = builder.source("train"), assembly.stage.data
+    plan = Plan(len(source), data.batch_size, data.drop_last)
+    return rehearse(builder.experiment, assembly, source, plan, sample_batch(source, 2, 0))
+
+
 def rehearsed(folder, stage, **keys):
     builder, assembly = assembled(folder, stage, **keys)
     with roles_in_force(assembly):
-        return rehearse(builder.experiment, assembly, builder.source("train"), 0, CPU)
+        return rehearse_on(builder, assembly)
 
 
 def fault_of(folder, stage, **keys):
@@ -252,7 +260,7 @@ def test_a_value_the_model_overwrites_is_copied_and_then_right(tmp_path):
     builder, assembly = assembled(tmp_path, stage, **with_models(mlp="Overwriting", twin="ToyMLP"))
     source = builder.source("train")
     with roles_in_force(assembly):
-        rehearsal = rehearse(builder.experiment, assembly, source, 0, CPU)
+        rehearsal = rehearse_on(builder, assembly)
         (batch,) = training_batches(source, Plan(20, 20), seed=0, epoch=0)
         values = assembly.distiller.values(batch)
         body = assembly.roles["student"].body(batch.inputs)
@@ -272,7 +280,7 @@ def test_it_leaves_no_trace(tmp_path):
         assembly.distiller.train()
         modes = [module.training for module in assembly.distiller.modules()]
         before = {name: v.clone() for name, v in assembly.distiller.state_dict().items()}
-        rehearse(builder.experiment, assembly, builder.source("train"), 0, CPU)
+        rehearse_on(builder, assembly)
         assert [module.training for module in assembly.distiller.modules()] == modes
         for name, value in assembly.distiller.state_dict().items():
             assert torch.equal(value, before[name]), name

@@ -274,3 +274,9 @@ def test_parameters_are_given_as_the_file_has_them(tmp_path):
     refusals(far_experiment(tmp_path), registry)
     assert seen == [{"repo": "a/b"}]
     assert yaml.safe_load((tmp_path / "toy.yaml").read_text())["models"] == MODELS
+
+
+def test_what_a_stage_inherits_is_listed_once(tmp_path):
+    registry = toy_registry(losses={"Far": Far()})
+    stages = [{"criterion": {"ce": {"type": "Far"}}, "epochs": 1}, {}]
+    assert len(refusals(toy_experiment(tmp_path, *stages), registry)) == 1

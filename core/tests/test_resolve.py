@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from distill import load
+from distill.config.experiment import EMA, Clip, Evaluate, WeightSchedule
 from distill.config.load import draft
 from distill.config.yaml_document import parse
 from distill.run_directory import resolved_text
@@ -62,7 +63,7 @@ INHERITED = [
     "freeze",
     "criterion",
     "optimizer",
-    "scheduler",
+    "schedulers",
     "precision",
     "metrics",
     "keep",
@@ -76,6 +77,26 @@ def test_a_stage_takes_what_it_leaves_out_from_the_stage_before_the_last_writer_
     assert getattr(one, key) == getattr(two, key) == getattr(three, key)
 
 
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("clip: {norm: 2}", "clip", Clip(norm=2)),
+        ("channels_last: true", "channels_last", True),
+        ("compile: [student]", "compile", ("student",)),
+        ("ema: {decay: 0.5}", "ema", EMA(0.5, False)),
+        ("parallel: fsdp", "parallel", "fsdp"),
+        ("evaluate: {every: 5, unit: steps}", "evaluate", Evaluate(5, "steps")),
+        ("evaluate: {every: 5}", "evaluate", Evaluate(5, "epochs")),
+        ("best_by: other_metric", "best_by", "other_metric"),
+    ],
+)
+def test_how_a_stage_trains_goes_on_into_later_ones(line, key, value):
+    one, two, three, four = stages_of(line, "", "clip: null\nema: null\ncompile: null")
+    assert getattr(one, key) != value
+    assert getattr(two, key) == getattr(three, key) == value
+    assert (four.clip, four.ema, four.compile) == (Clip(), None, ())
+
+
 def test_what_no_stage_says_has_its_default():
     text = HEAD + FIRST.split("    auxiliary")[0].replace(
         "    teacher: {model: big, mode: train}\n", ""
@@ -86,10 +107,18 @@ def test_what_no_stage_says_has_its_default():
     )
     (stage,) = experiment.stages
     assert faults == []
-    assert (stage.teachers, stage.auxiliary, stage.freeze, stage.scheduler) == ({}, {}, (), None)
+    assert (stage.teachers, stage.auxiliary, stage.freeze, stage.schedulers) == ({}, {}, (), ())
     assert (stage.precision, stage.keep, stage.sync_batchnorm) == ("fp32", "last", True)
-    assert [metric.type for metric in stage.metrics] == ["accuracy"]
-    assert (stage.data.validate, stage.data.workers, stage.data.drop_last) == (None, 0, False)
+    assert (stage.clip, stage.ema, stage.evaluate) == (Clip(), None, Evaluate(1, "epochs"))
+    assert (stage.channels_last, stage.compile, stage.parallel) == (False, (), "ddp")
+    assert (stage.best_by, stage.decisive) == (None, "accuracy")
+    assert [(m.component.type, m.name) for m in stage.metrics] == [("accuracy", "accuracy")]
+    assert (stage.optimizer.groups, stage.optimizer.no_decay) == ((), ())
+    data = stage.data
+    assert (data.validate, data.workers, data.drop_last) == ((), 0, False)
+    assert (data.accumulate, data.prefetch, data.pin_memory) == (1, 2, None)
+    assert (data.sampler, data.batch_sampler, data.batch_transforms) == (None, None, ())
+    assert (data.worker_timeout, data.on_bad_sample) == (600, "raise")
     assert (stage.criterion["ce"].weight, stage.criterion["ce"].inputs) == (1.0, {})
     assert experiment.seeds == (0,)
     assert (experiment.device, experiment.log_every, experiment.test) == ("auto", 50, None)
@@ -104,7 +133,8 @@ def test_what_no_stage_says_has_its_default():
         ("teacher: null\ncriterion: {ce: {type: CE}}", "teachers", {}),
         ("teachers: null\ncriterion: {ce: {type: CE}}", "teachers", {}),
         ("teachers: {}\ncriterion: {ce: {type: CE}}", "teachers", {}),
-        ("scheduler: null", "scheduler", None),
+        ("scheduler: null", "schedulers", ()),
+        ("scheduler: []", "schedulers", ()),
         ("freeze: null", "freeze", ()),
         ("freeze: []", "freeze", ()),
     ],
@@ -120,17 +150,78 @@ def test_data_is_inherited_key_by_key():
     _, two, three = stages_of("data: {batch_size: 4}", "data: {train: other, workers: 0}")
     assert (two.data.train, two.data.validate, two.data.batch_size, two.data.workers) == (
         "train",
-        "val",
+        ("val",),
         4,
         2,
     )
-    assert (three.data.train, three.data.validate, three.data.batch_size) == ("other", "val", 4)
+    assert (three.data.train, three.data.validate, three.data.batch_size) == ("other", ("val",), 4)
     assert three.data.workers == 0
+
+
+def test_data_may_be_validated_on_several_sets_and_parts_of_data_cleared():
+    _, two, three, four = stages_of(
+        "data: {validate: [val, other], sampler: S, batch_transforms: [MixUp], accumulate: 3}",
+        "data: {sampler: null, batch_sampler: {type: B, params: {n: 2}}, batch_transforms: []}",
+        "keep: last\ndata: {validate: null}",
+    )
+    assert (two.data.validate, two.data.accumulate) == (("val", "other"), 3)
+    assert (two.data.sampler.type, two.data.batch_sampler) == ("S", None)
+    assert [transform.type for transform in two.data.batch_transforms] == ["MixUp"]
+    assert two.data.sampler.path == ("stages", 1, "data", "sampler")
+    assert two.data.batch_transforms[0].path == ("stages", 1, "data", "batch_transforms", 0)
+    assert (three.data.sampler, three.data.batch_transforms) == (None, ())
+    assert (three.data.batch_sampler.type, three.data.batch_sampler.params) == ("B", {"n": 2})
+    assert (three.data.validate, four.data.validate) == (("val", "other"), ())
+
+
+def test_a_scheduler_may_be_one_or_a_row():
+    row = "scheduler: [{type: A, unit: steps, until: 5}, {type: B, watch: other_metric}]"
+    one, two = stages_of(row)
+    (only,) = one.schedulers
+    assert (only.component.type, only.unit, only.until, only.watch) == (
+        "StepLR",
+        "epochs",
+        None,
+        None,
+    )
+    assert only.component.path == ("stages", 0, "scheduler")
+    first, last = two.schedulers
+    assert (first.component.type, first.unit, first.until) == ("A", "steps", 5)
+    assert (last.component.type, last.until, last.watch) == ("B", None, "other_metric")
+    assert last.component.path == ("stages", 1, "scheduler", 1)
+
+
+def test_an_optimizer_may_have_groups_and_exceptions_from_decay():
+    groups = "groups: [{match: [student.body]}, {match: ['*.bias', norm], params: {lr: 0}}]"
+    _, two = stages_of(f"optimizer: {{type: Adam, {groups}, no_decay: [bias]}}")
+    first, second = two.optimizer.groups
+    assert (first.match, first.params) == (("student.body",), {})
+    assert (second.match, second.params) == (("*.bias", "norm"), {"lr": 0})
+    assert second.path == ("stages", 1, "optimizer", "groups", 1)
+    assert two.optimizer.no_decay == ("bias",)
+
+
+def test_a_weight_is_a_number_or_a_schedule():
+    criterion = "criterion: {a: {type: CE, weight: 2}, b: {type: CE, weight: {over: 20}}}"
+    _, two = stages_of(criterion)
+    assert two.criterion["a"].weight == 2.0
+    assert isinstance(two.criterion["a"].weight, float)
+    assert two.criterion["b"].weight == WeightSchedule(0.0, 1.0, over=20)
+
+
+def test_a_metric_is_called_by_its_name_or_its_type_and_parameters():
+    metrics = "[m, {type: m, params: {k: 5, l: x}}, {type: m, params: {k: 5}, name: top}]"
+    _, two = stages_of(f"metrics: {metrics}\nbest_by: top")
+    assert [metric.name for metric in two.metrics] == ["m", "m(k=5, l=x)", "top"]
+    assert two.decisive == "top"
+    assert two.metric("other.top/part") == two.metric("ema.top") == two.metrics[2]
+    assert two.metric("m(k=5, l=x)") == two.metrics[1]
 
 
 def test_other_mappings_are_replaced_whole():
     _, two = stages_of("optimizer: {type: Adam}\ncriterion: {ce: {type: CE}}")
-    assert (two.optimizer.type, two.optimizer.params) == ("Adam", {})
+    optimizer = two.optimizer.component
+    assert (optimizer.type, optimizer.params) == ("Adam", {})
     assert list(two.criterion) == ["ce"]
 
 
@@ -224,6 +315,25 @@ def test_a_module_that_feeds_itself_is_a_circle():
         ("student: {model: smal}", "there is no model 'smal' in this file; did you mean small?"),
         ("student: {model: x}", "there is no model 'x' in this file (defined: big, mid, small)"),
         ("data: {train: trian}", "there is no data set 'trian' in this file; did you mean train?"),
+        ("data: {validate: [val, vla]}", "there is no data set 'vla' in this file; did you mean"),
+        ("data: {sampler: S, batch_sampler: B}", "give either 'sampler' or 'batch_sampler', not"),
+        ("keep: ema", "'ema' needs the key 'ema' with its decay"),
+        ("best_by: accuracy", "stage 'two' measures no 'accuracy' (measured: other_metric)"),
+        ("best_by: ema.other_metric", "measures no 'ema.other_metric'; did you mean other_metric"),
+        ("best_by: other.other_metric", "measures no 'other.other_metric'"),
+        (
+            "keep: last\nbest_by: other_metric\ndata: {validate: null}",
+            "best_by: needs data.validate to measure on",
+        ),
+        ("scheduler: {type: P, watch: acc}", "scheduler.watch: stage 'two' measures no 'acc'"),
+        ("scheduler: {type: A, until: 3}", "scheduler: all but the last need 'until'"),
+        ("scheduler: [{type: A}, {type: B, until: 3}]", "all but the last need 'until'"),
+        ("scheduler: [{type: A, until: 3}, {type: B}, {type: C}]", "all but the last need"),
+        (
+            "metrics: [m, m]\nbest_by: m",
+            "metrics[1]: two metrics are called 'm'; give one a 'name'",
+        ),
+        ("compile: [tacher]", "has no model in the role 'tacher'; did you mean teacher?"),
     ],
 )
 def test_what_does_not_go_together_is_one_fault(lines, said):
@@ -256,11 +366,24 @@ def test_parts_written_as_names_alone_are_parts_without_parameters():
     (flip,) = experiment.datasets["train"].transforms
     assert (flip.type, flip.params) == ("Flip", {})
     assert experiment.observers[0].type == "Console"
-    assert [metric.type for metric in experiment.test.metrics] == ["accuracy"]
+    assert [metric.component.type for metric in experiment.test.metrics] == ["accuracy"]
 
 
 def test_the_resolved_text_is_a_valid_file_that_resolves_to_the_same(tmp_path):
-    text = text_of("data: {batch_size: 4}\nteacher: null\ncriterion: {ce: {type: CE}}", "epochs: 1")
+    ramp = "weight: {over: 5, shape: cosine}"
+    second = f"""\
+data: {{batch_size: 4, validate: [val, other], accumulate: 2, sampler: S, batch_transforms: [M]}}
+teacher: null
+criterion: {{ce: {{type: CE, {ramp}}}}}
+optimizer: {{type: SGD, groups: [{{match: [student], params: {{lr: 1}}}}], no_decay: [bias]}}
+scheduler: [{{type: A, until: 2, unit: steps}}, {{type: B}}]
+clip: {{norm: 1.5}}
+ema: {{decay: 0.9, warmup: true}}
+best_by: ema.other.other_metric
+evaluate: {{every: 3, unit: steps}}
+compile: [student]
+"""
+    text = text_of(second, "epochs: 1")
     experiment, faults = draft(parse("x-note: [1]\nseed: 3\n" + text, "f.yaml"))
     assert faults == []
     file = tmp_path / "resolved.yaml"
@@ -273,6 +396,20 @@ def test_the_resolved_text_is_a_valid_file_that_resolves_to_the_same(tmp_path):
         assert (after.data.train, after.data.batch_size) == (
             before.data.train,
             before.data.batch_size,
+        )
+        assert (after.data.validate, after.data.accumulate) == (
+            before.data.validate,
+            before.data.accumulate,
+        )
+        assert [entry.until for entry in after.schedulers] == [
+            entry.until for entry in before.schedulers
+        ]
+        assert (after.clip, after.ema, after.best_by, after.evaluate, after.compile) == (
+            before.clip,
+            before.ema,
+            before.best_by,
+            before.evaluate,
+            before.compile,
         )
         assert list(after.teachers) == list(before.teachers)
         assert list(after.criterion) == list(before.criterion)

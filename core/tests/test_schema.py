@@ -26,7 +26,11 @@ WRONG = [
     ("mode: eval", "min_accuracy: 95", "min_accuracy: must be at most 1, got the number 95"),
     ("freeze: [student.head]", "freeze: student.head", "expected a list or null, got the text"),
     ("ce: {type: CrossEntropyLoss}", "{}", "stages.teach.criterion: is empty"),
-    ("metrics: [accuracy]", "keep: bets", "one of last, best, got the text 'bets'; did you mean"),
+    (
+        "metrics: [accuracy]",
+        "keep: bets",
+        "one of last, best, ema, got the text 'bets'; did you mean",
+    ),
     ("batch_size: 8", "batch_size: null", "batch_size: expected a whole number, got nothing"),
     ("batch_size: 8", "drop_last: 1", "drop_last: expected true or false, got the number 1"),
     ("inputs: {input: student.body}", "inputs: {input: 1}", "inputs.input: expected text, got"),

@@ -64,7 +64,7 @@ def faults_of(folder, stage, **keys):
 
 
 def arguments(assembly, name):
-    (call,) = [call for call, _ in assembly.distiller.criterion._terms if call.name == name]
+    (call,) = [call for call in assembly.distiller.criterion._terms if call.name == name]
     return {key: address.text for key, address in call.arguments.items()}
 
 

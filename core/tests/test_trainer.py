@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from distill import ConfigError, DataError, DistillError, NumericalError, Observer
-from distill.testing import ToyMLP, toy_experiment, toy_registry
+from distill.testing import ToyData, ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.checkpoint import load_state, load_weights
 from distill.training.seed_run import SeedRun
-from distill.training.trainer import Best, train_stage
+from distill.training.trainer import train_stage
 
 CPU = torch.device("cpu")
 REGRESSOR = {
@@ -88,14 +88,6 @@ def weights_of(module):
 
 def moved(module, before):
     return {name for name, v in module.state_dict().items() if not torch.equal(v, before[name])}
-
-
-def test_best_is_the_highest_of_the_first_metric():
-    assert not Best().beaten_by({})
-    assert Best().beaten_by({"accuracy": 0.0})
-    best = Best(2, {"accuracy": 0.5, "loss": 1.0})
-    assert best.beaten_by({"accuracy": 0.6, "loss": 9.0})
-    assert not best.beaten_by({"accuracy": 0.5, "loss": 0.0})
 
 
 def test_a_stage_trains_its_student_and_leaves_its_weights(tmp_path):
@@ -272,14 +264,39 @@ def test_reduced_precision_trains_and_its_state_is_saved(tmp_path, precision):
     assert (scaler is not None and scaler["scale"] > 0) is (precision == "fp16")
 
 
-def test_a_loss_that_is_not_finite_keeps_the_checkpoint_from_before(tmp_path):
+def test_a_gradient_that_is_not_finite_stops_before_its_step_and_keeps_what_was(tmp_path):
     run = seed_run(tmp_path, {}, {"criterion": {"bad": {"type": "Exploding"}}})
     train_stage(run, 0)
-    with pytest.raises(
-        NumericalError, match=r"stage 'stage1': the loss 'bad' became (inf|nan) by step 3"
-    ):
+    before = weights_of(run.models["mlp"])
+    with pytest.raises(NumericalError) as caught:
         train_stage(run, 1)
+    said = str(caught.value)
+    (first, *_) = run.plan(run.builder.experiment.stages[1]).draw(0, 0)
+    assert said.startswith(
+        "stage 'stage1', step 1: the term 'bad' is inf, for samples "
+        f"{', '.join(map(str, first))}. The weights are as they were before this step"
+    )
     assert load_state(run.checkpoint)["stage"] == 1
+    assert moved(run.models["mlp"], before) == set()
+
+
+def test_an_input_that_is_not_finite_is_named(tmp_path):
+    class Torn(ToyData):
+        def __init__(self, **params):
+            super().__init__(**params)
+            self.inputs[13, 2] = float("nan")
+
+    registry = toy_registry(datasets={"Torn": Torn})
+    datasets = {
+        "train": {"type": "Torn", "params": {"size": 20}},
+        "val": {"type": "ToyData", "params": {"size": 12}},
+    }
+    run = seed_run(tmp_path, {}, registry=registry, datasets=datasets)
+    drawn = run.plan(run.builder.experiment.stages[0]).draw(0, 0)
+    step = next(number for number, batch in enumerate(drawn, 1) if 13 in batch)
+    said = rf"step {step}: the term 'ce' is nan; the input of sample 13 is not finite\."
+    with pytest.raises(NumericalError, match=said):
+        train_stage(run, 0)
 
 
 def test_what_is_worth_knowing_is_noted(tmp_path):
@@ -347,3 +364,179 @@ def test_a_loss_that_fails_in_training_is_told_at_its_line(tmp_path):
     (fault,) = caught.value.faults
     assert fault.path == "stages.stage0.criterion.picky"
     assert fault.location.line > 0
+
+
+def test_batches_may_be_accumulated_to_a_step(tmp_path):
+    data = {"train": "train", "validate": "val", "batch_size": 4}
+    whole = seed_run(tmp_path / "whole", {"data": {**data, "batch_size": 8}})
+    train_stage(whole, 0)
+    parted = seed_run(tmp_path / "parted", {"data": {**data, "accumulate": 2}})
+    train_stage(parted, 0)
+    for name, value in parted.models["mlp"].state_dict().items():
+        torch.testing.assert_close(value, whole.models["mlp"].state_dict()[name])
+    (event,) = parted.tell.of("stage_start")
+    assert event.steps == 3
+    assert event.notes == ["a step is 2 batches, 8 samples"]
+    assert [event.position.step for event in parted.tell.of("epoch_end")] == [3, 6]
+
+
+def test_an_average_follows_each_step_and_is_measured_and_left(tmp_path):
+    run = seed_run(tmp_path, {"ema": {"decay": 0.5}, "epochs": 1})
+    steps = []
+    student = run.models["mlp"]
+    expected = weights_of(student)
+    handle = torch.optim.optimizer.register_optimizer_step_post_hook(
+        lambda *_: steps.append(weights_of(student))
+    )
+    try:
+        result = train_stage(run, 0)
+    finally:
+        handle.remove()
+    assert len(steps) == 3
+    for weights in steps:
+        expected = {name: 0.5 * expected[name] + 0.5 * weights[name] for name in expected}
+    averaged = ToyMLP()
+    load_weights(averaged, tmp_path / "run" / "stage0" / "ema.safetensors")
+    for name, value in averaged.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert set(result.validation) == {"accuracy", "ema.accuracy"}
+    assert moved(student, steps[-1]) == set()
+    (event,) = run.tell.of("stage_end")
+    assert [file.name for file in event.files] == [
+        "last.safetensors",
+        "best.safetensors",
+        "ema.safetensors",
+    ]
+
+
+def test_the_average_may_go_on_in_place_of_the_last_weights(tmp_path):
+    run = seed_run(tmp_path, {"ema": {"decay": 0.9}, "keep": "ema"})
+    train_stage(run, 0)
+    kept = ToyMLP()
+    load_weights(kept, tmp_path / "run" / "stage0" / "ema.safetensors")
+    assert moved(kept, run.models["mlp"].state_dict()) == set()
+    load_weights(kept, tmp_path / "run" / "stage0" / "last.safetensors")
+    assert moved(kept, run.models["mlp"].state_dict())
+
+
+def test_a_student_may_be_measured_every_so_many_steps_and_at_the_end(tmp_path):
+    run = seed_run(tmp_path, {"evaluate": {"every": 2, "unit": "steps"}, "epochs": 3})
+    result = train_stage(run, 0)
+    middle = run.tell.of("evaluation_end")
+    assert [event.position.step for event in middle] == [2, 4, 6, 8]
+    assert [event.position.epoch for event in middle] == [0, 1, 1, 2]
+    ends = run.tell.of("epoch_end")
+    assert [bool(event.metrics) for event in ends] == [False, False, True]
+    assert result.validation == ends[-1].metrics
+
+
+def test_a_student_may_be_measured_every_so_many_epochs_and_at_the_end(tmp_path):
+    run = seed_run(tmp_path, {"evaluate": {"every": 2}, "epochs": 5})
+    train_stage(run, 0)
+    assert run.tell.of("evaluation_end") == []
+    measured = [bool(event.metrics) for event in run.tell.of("epoch_end")]
+    assert measured == [False, True, False, True, True]
+
+
+def test_further_validation_sets_are_measured_under_their_names(tmp_path):
+    data = {"train": "train", "validate": ["val", "train"], "batch_size": 8}
+    run = seed_run(tmp_path, {"data": data, "best_by": "train.accuracy", "epochs": 4})
+    result = train_stage(run, 0)
+    assert set(result.validation) == {"accuracy", "train.accuracy"}
+    reached = [event.metrics["train.accuracy"] for event in run.tell.of("epoch_end")]
+    assert result.best["train.accuracy"] == max(reached)
+    assert result.best_epoch == reached.index(max(reached)) + 1
+
+
+def test_a_scheduler_of_steps_steps_after_each(tmp_path):
+    scheduler = {"type": "ExponentialLR", "params": {"gamma": 0.5}, "unit": "steps"}
+    run = seed_run(tmp_path, {"scheduler": scheduler}, log_every=1)
+    train_stage(run, 0)
+    rates = [event.lr for event in run.tell.of("step_end")]
+    assert rates == pytest.approx([0.05, 0.025, 0.0125, 0.00625, 0.003125, 0.0015625])
+    assert [event.lr for event in run.tell.of("epoch_end")] == pytest.approx([0.1, 0.0125])
+
+
+def test_the_weight_of_a_term_may_change_over_epochs_or_steps(tmp_path):
+    kd = {"type": "MSELoss", "inputs": {"input": "student", "target": "teacher"}}
+    by_epoch = {**kd, "weight": {"over": 2}}
+    by_step = {**kd, "weight": {"start": 1.0, "end": 0.0, "over": 4, "unit": "steps"}}
+    stage = {
+        "teacher": {"model": "wide"},
+        "criterion": {"ce": {"type": "CrossEntropyLoss"}, "a": by_epoch, "b": by_step},
+    }
+    run = seed_run(tmp_path, stage, log_every=1)
+    train_stage(run, 0)
+    first, second = run.tell.of("epoch_end")
+    assert second.losses["total"] == pytest.approx(second.losses["ce"] + second.losses["a"])
+    events = run.tell.of("step_end")
+    ramp = [0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
+    for event, weight in zip(events, ramp, strict=True):
+        losses = event.losses
+        half = 0.5 if event.position.step <= 3 else 1.0
+        total = losses["ce"] + half * losses["a"] + weight * losses["b"]
+        assert losses["total"] == pytest.approx(total)
+        assert set(event.weights) == {"ce", "a", "b"}
+        assert event.weights["a"] == half
+    assert first.position.step == 3
+
+
+def test_the_weights_of_a_log_line_are_those_of_the_steps_it_tells_of(tmp_path):
+    kd = {"type": "MSELoss", "inputs": {"input": "student", "target": "teacher"}}
+    ramp = {"start": 1.0, "end": 0.0, "over": 4, "unit": "steps"}
+    criterion = {"ce": {"type": "CrossEntropyLoss"}, "kd": {**kd, "weight": ramp}}
+    run = seed_run(tmp_path, {"teacher": {"model": "wide"}, "criterion": criterion}, log_every=1)
+    train_stage(run, 0)
+    for event in run.tell.of("step_end"):
+        weighted = sum(weight * event.losses[name] for name, weight in event.weights.items())
+        assert event.losses["total"] == pytest.approx(weighted), event.position.step
+
+
+def test_skipped_samples_are_told_with_the_epoch(tmp_path):
+    class Torn(ToyData):
+        def __getitem__(self, index):
+            if index == 13:
+                raise OSError("torn")
+            return super().__getitem__(index)
+
+    registry = toy_registry(datasets={"Torn": Torn})
+    datasets = {
+        "train": {"type": "Torn", "params": {"size": 20}},
+        "val": {"type": "ToyData", "params": {"size": 12}},
+    }
+    data = {"train": "train", "validate": "val", "batch_size": 8, "on_bad_sample": "skip"}
+    run = seed_run(tmp_path, {"data": data}, registry=registry, datasets=datasets)
+    train_stage(run, 0)
+    for event in run.tell.of("epoch_end"):
+        assert list(event.skipped) == [13]
+        assert "sample 13 cannot be read: OSError: torn" in event.skipped[13]
+
+
+def test_a_metric_that_a_scheduler_watches_and_that_is_not_measured_is_a_fault(tmp_path):
+    """The parts of a metric of several values are known only once it is measured."""
+
+    class Parts:
+        def __init__(self):
+            self.reset()
+
+        def reset(self):
+            pass
+
+        def update(self, output, batch):
+            pass
+
+        def state(self):
+            return None
+
+        def merge(self, state):
+            pass
+
+        def compute(self):
+            return {"a": 1.0, "b": 2.0}
+
+    registry = toy_registry(metrics={"parts": Parts})
+    plateau = {"type": "ReduceLROnPlateau", "params": {"mode": "max"}, "watch": "parts/c"}
+    stage = {"metrics": ["parts"], "best_by": "parts/a", "scheduler": plateau}
+    run = seed_run(tmp_path, stage, registry=registry)
+    with pytest.raises(ConfigError, match="parts/c"):
+        train_stage(run, 0)

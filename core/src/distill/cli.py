@@ -41,6 +41,9 @@ class _Group(click.Group):
             ctx.exit(RESUMABLE)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except BrokenPipeError:  # whoever read the output, such as head, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(RESUMABLE)
         except Exception as error:
             rank = os.environ.get("RANK", "0")
             if rank != "0" and _is_lost_contact(error):
@@ -120,6 +123,13 @@ def _remote_code_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @_set_option
 @_plugin_option
 @_remote_code_option
+@click.option(
+    "--scale-lr",
+    type=click.IntRange(min=1),
+    metavar="SAMPLES",
+    help="Linear scaling rule: multiply every learning rate by a stage's samples a step "
+    "(batch_size x accumulate) over SAMPLES, the number that the file's rates are meant for.",
+)
 @click.option("--runs", default="runs", show_default=True, help="Folder the run's folder goes to.")
 @click.option(
     "--processes",
@@ -132,6 +142,7 @@ def run(
     overrides: Sequence[str],
     plugin_files: Sequence[Path],
     allow_remote_code: bool,
+    scale_lr: int | None,
     runs: str,
     processes: int | None,
 ) -> None:
@@ -141,6 +152,12 @@ def run(
     safetensors, and report.md.
     """
     experiment, registry = _open(file, overrides, plugin_files)
+    if scale_lr is not None:
+        from distill.config.lr_scaling import scale_learning_rates
+
+        experiment, lines = scale_learning_rates(experiment, scale_lr)
+        if os.environ.get("RANK", "0") == "0" and processes is None:
+            click.echo("\n".join(lines))
     if processes is not None and "RANK" not in os.environ:
         from distill.launcher import launch
         from distill.runner import check_to_run

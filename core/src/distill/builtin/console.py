@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import TextIO
 
-from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
+from distill import (
+    EpochEnd,
+    EvaluationEnd,
+    Observer,
+    RunEnd,
+    RunStart,
+    StageEnd,
+    StageStart,
+    StepEnd,
+)
 
 SECONDS_BETWEEN_PLAIN_LINES = 30
 MOST_METRICS_IN_A_LINE = 4
@@ -91,7 +100,9 @@ class Console(Observer):
         )
         if event.overflows:
             left_out = _count(event.overflows, "step")
-            self._line(f"    {left_out} left out: the gradient overflowed fp16, the scale is lowered")
+            self._line(
+                f"    {left_out} left out: the gradient overflowed fp16, the scale is lowered"
+            )
         if event.skipped:
             index, why = next(iter(event.skipped.items()))
             self._line(f"    {_count(len(event.skipped), 'sample')} skipped, e.g. {index}: {why}")

@@ -9,7 +9,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StageEnd, StageStart, StepEnd
+from distill import (
+    EpochEnd,
+    EvaluationEnd,
+    Observer,
+    RunEnd,
+    RunStart,
+    StageEnd,
+    StageStart,
+    StepEnd,
+)
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"

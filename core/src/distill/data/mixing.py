@@ -38,6 +38,11 @@ class Mixing:
         Raises:
             DataError: if a transform refuses the batch.
         """
+        if batch.lead and isinstance(batch.inputs, (list, tuple)):
+            raise DataError(
+                "under several processes batch transforms need the inputs of a batch as one tensor "
+                "(or a mapping of tensors), not as a list"
+            )
         inputs, targets = batch.inputs, batch.targets
         base = randomness.derive(self.seed, "mix", epoch)
         for position, transform in enumerate(self.transforms):
