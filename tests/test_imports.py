@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "builtin": {"builtin"},
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
-LAZY = {"__init__", "cli"}  # so that `distill --help` does not wait for torch
+LAZY = {"__init__", "cli", "parallel"}  # `distill --help` spares torch; FSDP takes a second to import
 
 
 def _module(file: Path) -> str:

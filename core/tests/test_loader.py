@@ -311,7 +311,7 @@ def test_a_worker_that_dies_names_the_sample_it_read():
 def test_a_worker_that_hangs_names_the_sample_it_reads():
     with pytest.raises(DataError) as caught:
         epoch_of(Source("photos", Deadly(6, hang=True)), Plan(6, 2), Loading(1, timeout=2))
-    said = "no loader worker answers for 2 s (data.worker_timeout) reading sample 3"
+    said = "no loader worker has answered for 2 s (data.worker_timeout) reading sample 3"
     assert str(caught.value) == f"data set 'photos': {said}"
 
 

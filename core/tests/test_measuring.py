@@ -62,6 +62,17 @@ def test_the_direction_is_that_of_the_metric(tmp_path):
     assert higher.improves(best, {"cross_entropy": 1.5, "accuracy": 0.9})
 
 
+def test_a_metric_may_have_a_name_with_a_slash(tmp_path):
+    stage = {"metrics": [{"type": "accuracy", "name": "top/1"}], "best_by": "top/1"}
+    measured = measuring(tmp_path, **stage)
+    assert measured.improves(Best(), measured.validate())
+
+
+def test_the_first_metric_decides_though_its_name_has_a_slash(tmp_path):
+    measured = measuring(tmp_path, metrics=[{"type": "accuracy", "name": "top/1"}])
+    assert measured.improves(Best(), measured.validate())
+
+
 def test_nothing_is_best_where_nothing_is_measured(tmp_path):
     assert not measuring(tmp_path, metrics=[]).improves(Best(), {"accuracy": 1.0})
     assert not measuring(tmp_path).improves(Best(), {})

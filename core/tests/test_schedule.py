@@ -97,6 +97,16 @@ def test_a_row_may_hand_over_in_another_unit_than_the_next_one_counts(tmp_path):
     assert seen == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.5, 0.5])
 
 
+def test_one_that_takes_over_between_two_epochs_has_its_first_rate_in_the_next(tmp_path):
+    """Warm-up by step for two whole epochs of two steps, then a schedule by epoch."""
+    rates = Rates(tmp_path, [{**WARMUP, "unit": "steps", "until": 4}, HALVING])
+    seen = []
+    for epoch in range(4):
+        seen += rates.over(2, "steps", first=2 * epoch)
+        rates.schedule.advance("epochs", epoch + 1)
+    assert seen == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.5, 0.5])
+
+
 def test_without_until_all_act_at_once(tmp_path):
     rates = Rates(tmp_path, [WARMUP, HALVING]).over(4)
     assert rates == pytest.approx([0.25, 0.5 * 0.5, 0.75 * 0.25, 1.0 * 0.125])

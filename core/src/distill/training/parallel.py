@@ -70,7 +70,8 @@ def shard(distiller: Distiller, device: torch.device, more: Iterable[nn.Module] 
     parts += [*distiller.criterion.modules_of_terms, *more]
     for part in parts:
         for block in [*_blocks(part), part]:
-            fully_shard(block, mesh=mesh)
+            # Said outright: an average is called beside the distiller, and would stay whole.
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
         part.to(device)  # the buffers
     fully_shard(distiller, mesh=mesh)
 
