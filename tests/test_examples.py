@@ -62,7 +62,7 @@ def test_cifar10_runs_from_folders_of_images(tmp_path: Path) -> None:
     printed = _distill(tmp_path, "run", str(file), *short)
     assert "gain over alone" in printed
     for stage in ("teacher", "alone", "kd"):
-        assert (tmp_path / "runs/cifar10-kd" / stage / "last.safetensors").exists()
+        assert (tmp_path / "runs/cifar10-resnet34-kd" / stage / "last.safetensors").exists()
 
 
 def _first_of_each_class(images: zipfile.ZipFile) -> Iterator[str]:

@@ -65,3 +65,19 @@ def test_map_tensors_keeps_the_kind_of_every_container(value, expected):
     mapped = map_tensors(torch.Tensor.item, value)
     assert mapped == expected
     assert type(mapped) is type(expected)
+
+
+def test_images_are_put_into_a_memory_format_and_nothing_else_is():
+    image, flow = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 2, 4, 5)
+    batch = Batch({"image": image, "flow": flow}, torch.rand(2, 3, 4, 5), torch.arange(2))
+    placed = batch.to("cpu", memory_format=torch.channels_last)
+    assert placed.inputs["image"].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(placed.inputs["image"], image)
+    assert placed.inputs["flow"].is_contiguous()
+    assert placed.targets.is_contiguous()
+
+
+def test_moving_a_batch_keeps_its_place_in_the_step():
+    place = {"share": 0.5, "ends_step": False, "lead": 1, "skipped": ((3, "torn"),)}
+    batch = Batch(torch.zeros(2), None, torch.arange(2), **place).to("cpu")
+    assert {name: getattr(batch, name) for name in place} == place

@@ -7,6 +7,7 @@ from distill.builtin import console
 from distill.builtin.console import Console
 from distill.observer import (
     EpochEnd,
+    EvaluationEnd,
     Position,
     RunEnd,
     RunStart,
@@ -98,9 +99,30 @@ def test_an_epoch_is_one_line():
         ("epoch_end", epoch_end(metrics={"accuracy": 0.5}, is_best=True)),
         ("epoch_end", epoch_end(2, {"accuracy": 0.75}, is_best=True)),
     ).splitlines()[1:]
-    assert first == "  epoch 1/2  ce 0.25  accuracy 0.5000  lr 0.05  1,000 samples/s  3.2 s"
-    assert second.endswith("accuracy 0.7500  lr 0.05  1,000 samples/s  3.2 s  best")
+    assert first == "  epoch 1/2  ce 0.25  lr 0.05  1,000 samples/s  3.2 s  accuracy 0.5000"
+    assert second.endswith("lr 0.05  1,000 samples/s  3.2 s  accuracy 0.7500  best")
     assert "accuracy" not in printed(("epoch_end", epoch_end()))
+
+
+def test_many_metrics_take_a_line_each_data_set_and_parts_are_left_to_the_files():
+    metrics = {"a": 0.1, "b": 0.2, "c/cat": 0.3, "c/mean": 0.4, "ema.a": 0.5, "ema.b": 0.6}
+    lines = printed(("epoch_end", epoch_end(metrics=metrics))).splitlines()[2:]
+    assert lines == ["    a 0.1000 b 0.2000 c/mean 0.4000", "    ema.a 0.5000 ema.b 0.6000"]
+
+
+def test_what_is_measured_within_an_epoch_is_a_line_with_its_step():
+    event = EvaluationEnd(Position(1, 0, 0, 1500), "kd", {"accuracy": 0.5}, True)
+    text = printed(("evaluation_end", event)).splitlines()[1]
+    assert text == "  step 1,500  accuracy 0.5000  best"
+
+
+def test_skipped_samples_and_steps_are_told_after_their_epoch():
+    skipped = {17: "sample 17 cannot be read", 40: "sample 40 cannot be read"}
+    lines = printed(("epoch_end", epoch_end(skipped=skipped, overflows=1))).splitlines()[2:]
+    assert lines == [
+        "    1 step left out: the gradient overflowed fp16, the scale is lowered",
+        "    2 samples skipped, e.g. 17: sample 17 cannot be read",
+    ]
 
 
 def test_the_total_is_shown_where_there_are_several_terms():

@@ -4,6 +4,7 @@ from torch import nn
 
 from distill.builtin.torch_components import CrossEntropyLoss
 from distill.model.criterion import Criterion
+from distill.model.weight_schedule import WeightSchedule
 from distill.model.wiring import Address, Call
 from distill.testing import LossConformance
 
@@ -51,3 +52,18 @@ def test_parameters_of_losses_are_the_criterions():
     loss.scale = nn.Parameter(torch.ones(1))
     criterion = Criterion([term("a", loss)], {"a": 1.0})
     assert [p is loss.scale for p in criterion.parameters()] == [True]
+
+
+def test_weights_that_change_are_those_of_the_position():
+    terms = [
+        term("mse", nn.MSELoss(), input="x", target="y"),
+        term("l1", nn.L1Loss(), input="x", target="y"),
+    ]
+    ramp = WeightSchedule(over=4, unit="steps")
+    criterion = Criterion(terms, {"mse": ramp, "l1": 3.0})
+    assert criterion.is_scheduled
+    assert criterion.weights == {"mse": 0.25, "l1": 3.0}
+    criterion.set_position(0, 2)
+    assert criterion.weights == {"mse": 0.75, "l1": 3.0}
+    assert criterion(VALUES)["total"].item() == 0.75 * 5.0 + 3.0 * 2.0
+    assert not Criterion(terms, {"mse": 1.0, "l1": 1.0}).is_scheduled

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from distill import distributed
-from distill.training.metrics import Meter, merge_over_ranks
+from distill.training.metrics import (
+    Meter,
+    compares_with,
+    is_higher_better,
+    merge_over_ranks,
+    takes_teachers,
+    values_by_name,
+)
 
 
 class Seen:
@@ -95,3 +102,34 @@ def test_alone_a_metric_is_left_as_it_is():
     metric.update("own", None)
     merge_over_ranks(metric)
     assert metric.values == ["own"]
+
+
+class Comparing(Seen):
+    """Compares with a teacher, gives several values, and is better when lower."""
+
+    teacher = "big"
+    higher_is_better = False
+
+    def update(self, output, batch, teachers):
+        pass
+
+    def compute(self):
+        return {"a": torch.tensor(0.5), "b": 1}
+
+
+def test_what_a_metric_does_not_say_has_its_default():
+    assert is_higher_better(Seen())
+    assert compares_with(Seen()) is None
+    assert not takes_teachers(Seen())
+
+
+def test_a_metric_may_say_more_of_itself():
+    assert not is_higher_better(Comparing())
+    assert compares_with(Comparing()) == "big"
+    assert takes_teachers(Comparing())
+
+
+def test_several_values_are_named_parts_and_plain_numbers():
+    values = values_by_name("m", Comparing())
+    assert values == {"m/a": 0.5, "m/b": 1.0}
+    assert [type(value) for value in values.values()] == [float, float]

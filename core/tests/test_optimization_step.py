@@ -121,7 +121,7 @@ def test_one_element_that_is_not_finite_leaves_weights_and_optimizer_as_they_wer
     assert after["state"].keys() == state["state"].keys() == {0, 1}
     for number, kept in state["state"].items():
         for name, value in kept.items():
-            assert torch.equal(torch.as_tensor(after["state"][number][name]), torch.tensor(value))
+            assert torch.equal(after["state"][number][name], value)
 
 
 def test_an_overflow_of_a_finite_loss_halves_the_scale_and_leaves_the_weights():

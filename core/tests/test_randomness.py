@@ -31,12 +31,12 @@ def test_a_sample_draws_the_same_from_all_three_generators_wherever_it_is_read()
     assert draws() == first
 
 
-def test_samples_and_epochs_draw_differently():
+def test_samples_epochs_and_repetitions_draw_differently():
     drawn = set()
-    for epoch, index in [(0, 0), (0, 1), (1, 0)]:
-        randomness.seed_sample(1, epoch, index)
+    for epoch, index, repeat in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 1)]:
+        randomness.seed_sample(1, epoch, index, repeat)
         drawn.update(draws())
-    assert len(drawn) == 9
+    assert len(drawn) == 18
 
 
 def test_a_step_draws_the_same_from_torch_whatever_was_drawn_before():

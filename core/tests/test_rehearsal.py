@@ -7,7 +7,7 @@ from distill.data.loader import sample_batch, training_batches
 from distill.data.plan import Plan
 from distill.testing import ToyConvNet, ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
-from distill.training.rehearsal import rehearse
+from distill.training.rehearsal import rehearse, rehearse_measuring
 from distill.training.stage import assemble, roles_in_force
 
 CPU = torch.device("cpu")
@@ -304,3 +304,47 @@ def test_a_data_set_of_one_sample_can_be_rehearsed_though_batchnorm_could_not_tr
     one = {"train": {"type": "ToyData", "params": {"size": 1, "shape": [1, 1, 1]}}}
     data = {"train": "train", "batch_size": 1}
     rehearsed(tmp_path, {"data": data}, datasets=one, **with_models(mlp=ToyConvNet.__name__))
+
+
+def test_a_batch_sampler_that_gives_no_batch_is_told(tmp_path):
+    builder, assembly = assembled(tmp_path, {})
+    source = builder.source("train")
+    plan = Plan(20, 8, batch_sampler=[])
+    with pytest.raises(ConfigError, match="the batch sampler gives no batch") as caught:
+        rehearse(builder.experiment, assembly, source, plan, sample_batch(source, 2, 0))
+    assert caught.value.faults[0].path == "stages.stage0.data"
+
+
+def test_so_few_samples_are_drawn_that_there_is_no_batch(tmp_path):
+    builder, assembly = assembled(tmp_path, {})
+    source = builder.source("train")
+    plan = Plan(20, 8, drop_last=True, sampler=[1, 2, 3])
+    with pytest.raises(ConfigError, match="'train' has 3 samples, less than one batch of 8"):
+        rehearse(builder.experiment, assembly, source, plan, sample_batch(source, 2, 0))
+
+
+def measured(folder, stage, roles, name="val", **keys):
+    builder, assembly = assembled(folder, stage, **keys)
+    source = builder.source(name)
+    batch = sample_batch(source, 2, 0)
+    with roles_in_force(assembly):
+        rehearse_measuring(builder.experiment, assembly, source, batch, roles)
+        assert assembly.roles["student"].training
+
+
+def test_data_to_measure_on_are_run_through_the_models(tmp_path):
+    datasets = {**IMAGES, "train": {"type": "ToyData", "params": {"size": 10}}}
+    measured(tmp_path, {"teacher": {"model": "wide"}}, ["student", "teacher"])
+    with pytest.raises(ConfigError, match="ToyMLP fails on data set 'val'") as caught:
+        measured(tmp_path, {}, ["student"], datasets=datasets)
+    assert caught.value.faults[0].path == "stages.stage0.student"
+    with pytest.raises(ConfigError) as caught:
+        measured(tmp_path, {"teacher": {"model": "wide"}}, ["teacher"], datasets=datasets)
+    assert caught.value.faults[0].path == "stages.stage0.teacher"
+
+
+def test_data_to_measure_on_have_the_models_classes(tmp_path):
+    few = {"type": "ToyData", "params": {"size": 6, "classes": 2}}
+    datasets = {"train": {"type": "ToyData", "params": {"size": 10}}, "val": few}
+    with pytest.raises(DataError, match="has 3 outputs, but data set 'val' has 2 classes"):
+        measured(tmp_path, {}, ["student"], datasets=datasets)

@@ -199,7 +199,13 @@ def open_sources(builder: Builder) -> dict[str, Source]:
     experiment = builder.experiment
     used = [name for s in experiment.stages for name in (s.data.train, *s.data.validate)]
     used += [experiment.test.dataset] if experiment.test else []
-    return {name: builder.source(name) for name in dict.fromkeys(used)}
+    # The main process first, since a data set may be downloaded.
+    if not distributed.is_main():
+        distributed.barrier()
+    sources = {name: builder.source(name) for name in dict.fromkeys(used)}
+    if distributed.is_main():
+        distributed.barrier()
+    return sources
 
 
 def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.device) -> None:

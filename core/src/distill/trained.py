@@ -23,7 +23,8 @@ class Choice:
         model: ``student``, a teacher's name in the stage, or a model's name in the file.
         stage: by default the last.
         seed: by default the first.
-        weights: ``last``, ``best`` or ``ema``, of what the run trained; by default what the stage kept.
+        weights: ``last``, ``best`` or ``ema``, of what the run trained; by default what the stage
+            kept.
     """
 
     model: str = "student"

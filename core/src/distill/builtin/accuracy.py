@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from distill import Batch, DataError, Metric
+from distill import Batch, Metric
+from distill.builtin.logits import logits_and_labels
 
 
 def accuracy(top_k: int = 1) -> Metric:
@@ -38,20 +39,10 @@ class Accuracy:
         Raises:
             DataError: if the output is no tensor of logits that fits the labels.
         """
-        targets = batch.targets
-        if not isinstance(output, torch.Tensor) or not isinstance(targets, torch.Tensor):
-            raise DataError("accuracy needs logits and labels as tensors")
-        if output.dim() < 2:
-            raise DataError(f"accuracy needs logits (B, K), got shape {tuple(output.shape)}")
-        expected = (output.shape[0], *output.shape[2:])
-        if tuple(targets.shape) != expected:
-            raise DataError(
-                f"accuracy needs labels of shape {expected} for logits {tuple(output.shape)}, "
-                f"got {tuple(targets.shape)}"
-            )
-        top = output.topk(min(self.top_k, output.shape[1]), dim=1).indices
-        self._hits = self._hits + (top == targets.unsqueeze(1)).sum()
-        self._labels = self._labels + (targets >= 0).sum()
+        logits, labels = logits_and_labels("accuracy", output, batch)
+        top = logits.topk(min(self.top_k, logits.shape[1]), dim=1).indices
+        self._hits = self._hits + (top == labels.unsqueeze(1)).sum()
+        self._labels = self._labels + (labels >= 0).sum()
 
     def state(self) -> tuple[int, int]:
         """Return hits and labels counted so far."""

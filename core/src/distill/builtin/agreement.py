@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distill import Batch, DataError
+from distill.builtin.logits import predicted
 
 
 def agreement(teacher: str = "teacher") -> Agreement:
@@ -52,7 +53,7 @@ class Agreement:
                 f"agreement needs the output of the teacher '{self.teacher}'; "
                 f"teachers: {', '.join(teachers) or 'none'}"
             )
-        other = teachers[self.teacher]
+        output, other = predicted(output), predicted(teachers[self.teacher])
         if not isinstance(output, torch.Tensor) or not isinstance(other, torch.Tensor):
             raise DataError(f"agreement needs logits of the model and of '{self.teacher}'")
         if output.dim() < 2 or output.shape != other.shape:

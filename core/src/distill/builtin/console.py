@@ -63,8 +63,9 @@ class Console(Observer):
             f"of {_count(event.steps, 'step')}"
         )
         for role, metrics in event.teachers.items():
-            measured = _after(metrics) or "  not measured: the stage has no validation data"
-            self._line(f"  {role}:{measured}")
+            measured = _after(metrics, apart=" ")
+            unknown = " not measured: the stage has no validation data"
+            self._line(f"  {role}:{measured or unknown}")
         for note in event.notes:
             self._line(f"  note: {note}")
 
@@ -110,7 +111,7 @@ class Console(Observer):
     def stage_end(self, event: StageEnd) -> None:
         """Show the test result and where the student lies."""
         if event.result.test:
-            self._line(f"  test:{_after(event.result.test)}")
+            self._line(f"  test:{_after(event.result.test, apart=' ')}")
         self._line(f"  student: {event.files[0]}")
 
     def run_end(self, event: RunEnd) -> None:
@@ -136,14 +137,15 @@ def _losses(losses: Mapping[str, float]) -> str:
     return " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
 
 
-def _after(metrics: Mapping[str, float]) -> str:
+def _after(metrics: Mapping[str, float], apart: str = "  ") -> str:
     """Return metrics to put behind something else: a line each data set if there are many."""
     # Parts of a metric (of each class, say) are for the files; there may be hundreds.
     shown = [name for name in metrics if "/" not in name or name.endswith("/mean")]
     groups: dict[str, list[str]] = {}
     for name in shown:
         groups.setdefault(name.rpartition(".")[0], []).append(f"{name} {metrics[name]:.4f}")
-    apart = "\n    " if len(shown) > MOST_METRICS_IN_A_LINE else "  "
+    if len(shown) > MOST_METRICS_IN_A_LINE:
+        apart = "\n    "
     return "".join(apart + " ".join(group) for group in groups.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ def logits_and_labels(metric: str, output: Any, batch: Batch) -> tuple[torch.Ten
     """Return logits (N, K) and labels int64 (N), one row for each label.
 
     Takes logits (B, K) or (B, K, ...) and labels int64 (B) or (B, ...); logits below float32
-    become float32.
+    become float32. Of an output with several parts, the one called ``logits`` or ``out`` is taken.
 
     Raises:
         DataError: if the output is no tensor of logits that fits the labels; it names ``metric``.
     """
     targets = batch.targets
+    output = predicted(output)
     if not isinstance(output, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise DataError(f"{metric} needs logits and labels as tensors")
     if output.dim() < 2:
@@ -32,6 +34,13 @@ def logits_and_labels(metric: str, output: Any, batch: Batch) -> tuple[torch.Ten
     rows = output.movedim(1, -1).reshape(-1, output.shape[1])
     wide = torch.promote_types(rows.dtype, torch.float32)
     return rows.to(wide), targets.reshape(-1).long()
+
+
+def predicted(output: Any) -> Any:
+    """Return the part called ``logits`` or ``out`` of an output that has such parts."""
+    if isinstance(output, Mapping):
+        return next((output[name] for name in ("logits", "out") if name in output), output)
+    return output
 
 
 def sum_type(device: torch.device) -> torch.dtype:
