@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from distill.config import inheritance, resolve, schema
-from distill.config.experiment import WeightSchedule
+from distill.weight_schedule import WeightSchedule
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "experiment-file.md").read_text("utf-8")

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "builtin": {"builtin"},
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
-LAZY = {"__init__", "cli", "parallel"}  # `distill --help` spares torch; FSDP takes a second to import
+# `distill --help` spares torch, and whoever does not shard spares FSDP, which takes a second.
+LAZY = {"__init__", "cli", "parallel"}
 
 
 def _module(file: Path) -> str:

@@ -4,9 +4,9 @@ from torch import nn
 
 from distill.builtin.torch_components import CrossEntropyLoss
 from distill.model.criterion import Criterion
-from distill.model.weight_schedule import WeightSchedule
 from distill.model.wiring import Address, Call
 from distill.testing import LossConformance
+from distill.weight_schedule import WeightSchedule
 
 VALUES = {"x": torch.tensor([1.0, 3.0]), "y": torch.tensor([0.0, 0.0])}
 

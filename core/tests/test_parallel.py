@@ -14,8 +14,8 @@ from distill.model.criterion import TOTAL, Criterion
 from distill.model.distiller import Distiller
 from distill.model.wiring import Address, Call
 from distill.testing import ToyConvNet, ToyData, ToyMLP, run_processes
-from distill.training.buffers import buffers_kept
 from distill.training.parallel import averaged_over_ranks
+from distill.training.traceless import buffers_kept
 
 CPU = torch.device("cpu")
 DATA = ToyData(10)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.model.weight_schedule import WeightSchedule
+from distill.weight_schedule import WeightSchedule
 
 
 def epochs(schedule, count):

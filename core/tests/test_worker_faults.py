@@ -79,10 +79,15 @@ def evaluated(dataset, workers=0, skip=True, batch_size=3, **options):
 
 
 def said(read):
-    with pytest.raises(DataError) as caught:
+    """The one line that a fault is told in; the error goes at once, and the workers with it."""
+    try:
         read()
-    assert "Traceback" not in "".join(traceback.format_exception_only(caught.value))
-    text = str(caught.value)
+    except DataError as error:
+        text = "".join(traceback.format_exception_only(error))
+    else:
+        pytest.fail("no DataError")
+    kind, _, text = text.rstrip("\n").partition(": ")
+    assert kind.endswith("DataError")
     assert "\n" not in text
     return text
 
@@ -109,8 +114,8 @@ def test_a_torch_error_in_a_worker_is_the_samples_and_not_the_workers():
 def test_a_killed_worker_names_the_sample_it_was_reading(read, workers):
     text = said(lambda: read(Photos(bad=[5], does=die), workers))
     assert text.startswith("data set 'photos': a loader worker died reading sample 5 (")
-    assert "killed by signal: Killed" in text
-    assert "data.workers" in text
+    assert re.search(r" 5 \((killed by signal: Killed|exited unexpectedly)\); the system", text)
+    assert text.endswith("fewer data.workers need less")
 
 
 def test_a_worker_that_leaves_names_the_sample_it_was_reading():
@@ -119,10 +124,9 @@ def test_a_worker_that_leaves_names_the_sample_it_was_reading():
     assert "reading sample 3" in text
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_a_worker_that_hangs_ends_the_run_after_the_timeout_and_names_the_sample(skip):
+def test_a_worker_that_hangs_ends_the_run_after_the_timeout_and_names_the_sample():
     started = time.monotonic()
-    text = said(lambda: epoch_of(Photos(bad=[5], does=hang), 1, skip))
+    text = said(lambda: epoch_of(Photos(bad=[5], does=hang), 1, skip=True))
     assert text.startswith("data set 'photos': no loader worker ")
     assert text.endswith(f" for {TIMEOUT} s (data.worker_timeout) reading sample 5")
     assert TIMEOUT <= time.monotonic() - started < 10 * TIMEOUT

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import ConfigError, Fault, did_you_mean
 from distill.reference import Reference
+from distill.weight_schedule import WeightSchedule
 
 
 @dataclass(frozen=True)
@@ -95,27 +96,6 @@ class Wired:
 @dataclass(frozen=True)
 class Auxiliary(Wired):
     """A module that is trained with the student."""
-
-
-@dataclass(frozen=True)
-class WeightSchedule:
-    """A term's weight over a stage; see ``distill.model.weight_schedule`` for its values.
-
-    Attributes:
-        start: weight before the ramp.
-        end: weight after it.
-        over: length of the ramp, 0 for none.
-        after: where the ramp begins.
-        stop: after so many epochs or steps the weight is 0; ``None`` for never.
-    """
-
-    start: float = 0.0
-    end: float = 1.0
-    over: int = 0
-    after: int = 0
-    stop: int | None = None
-    shape: Literal["linear", "cosine"] = "linear"
-    unit: Unit = "epochs"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from distill.config.experiment import (
     Teacher,
     Term,
     Test,
-    WeightSchedule,
     Wired,
 )
 from distill.config.inheritance import (
@@ -42,6 +41,7 @@ from distill.config.stage_settings import (
 )
 from distill.config.yaml_document import Document, Path
 from distill.errors import Fault, did_you_mean
+from distill.weight_schedule import WeightSchedule
 
 DEFAULT_OBSERVERS = ["Console", "TensorBoard", "ResultFiles"]
 EXPERIMENT_DEFAULTS: dict[str, Any] = {

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from distill.model.weight_schedule import WeightSchedule
 from distill.model.wiring import Call, Values
+from distill.weight_schedule import WeightSchedule
 
 TOTAL = "total"
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from distill.data.loader import Loading, evaluation_batches
 from distill.data.source import Source
 from distill.training.metrics import Metric, merge_over_ranks, takes_teachers, values_by_name
+from distill.training.traceless import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def evaluate(
     )
     enabled = how.autocast is not None
     with (
-        _in_eval_mode([model, *needed.values()]),
+        in_eval_mode([model, *needed.values()]),
         torch.no_grad(),
         torch.autocast(how.device.type, how.autocast, enabled=enabled),
     ):
@@ -84,15 +84,3 @@ def evaluate(
     for name, metric in metrics.items():
         values.update(values_by_name(name, metric))
     return values
-
-
-@contextmanager
-def _in_eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
-    modes = {module: module.training for model in models for module in model.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -15,7 +15,7 @@ from distill import distributed
 from distill.data.batch import Batch
 from distill.model.criterion import TOTAL
 from distill.model.distiller import Distiller
-from distill.training.buffers import buffers_kept
+from distill.training.traceless import buffers_kept
 
 Hold = Callable[[], AbstractContextManager[None]]
 

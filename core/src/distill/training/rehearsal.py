@@ -22,8 +22,8 @@ from distill.errors import ConfigError, DataError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import CallError, Values, describe, first_line
-from distill.training.buffers import buffers_kept
 from distill.training.stage import Assembly, module_error
+from distill.training.traceless import buffers_kept, in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def rehearse(
     assert distiller is not None
     if plan.batches == 0:
         raise _no_batch(experiment, assembly.stage, source, plan)
-    with _in_eval_mode(distiller), buffers_kept(distiller):
+    with in_eval_mode([distiller]), buffers_kept(distiller):
         copied = []
         for role in distiller.models():
             copied += _run_alone(experiment, assembly, source, role, batch)
@@ -87,7 +87,7 @@ def rehearse_measuring(
     """Run two samples of data to measure on through models, as ``rehearse`` does for training."""
     distiller = assembly.distiller
     assert distiller is not None
-    with _in_eval_mode(distiller), buffers_kept(distiller), torch.no_grad():
+    with in_eval_mode([distiller]), buffers_kept(distiller), torch.no_grad():
         for role in roles:
             _run_alone(experiment, assembly, source, role, batch)
             output = distiller.run_model(role, batch.inputs)
@@ -100,19 +100,6 @@ def _broadcasting_refused() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Using a (target|input) size", UserWarning)
         yield
-
-
-@contextmanager
-def _in_eval_mode(distiller: Distiller) -> Iterator[None]:
-    """Put every module in eval mode, teachers that will train included, and back."""
-    modes = {module: module.training for module in distiller.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _no_batch(experiment: Experiment, stage: Stage, source: Source, plan: Plan) -> ConfigError:

@@ -14,12 +14,10 @@ from torch import nn
 
 from distill import randomness
 from distill.config.experiment import Component, Experiment, Stage, Wired
-from distill.config.experiment import WeightSchedule as WeightEntry
 from distill.errors import ConfigError, DistillError, Fault, did_you_mean
 from distill.model.capture import find_module, split_path, unknown_module
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller, value_name
-from distill.model.weight_schedule import WeightSchedule
 from distill.model.wiring import Address, Call
 from distill.reference import BATCH_VALUES, DEFAULT_WIRED, STUDENT, TEACHER, Reference
 from distill.signature import wired_parameters
@@ -83,7 +81,7 @@ def assemble(
     terms = wiring.calls(stage.criterion, assembly.terms)
     assembly.frozen = _frozen(builder, assembly)
     if not assembly.faults:
-        weights = {name: _weight(term.weight) for name, term in stage.criterion.items()}
+        weights = {name: term.weight for name, term in stage.criterion.items()}
         assembly.distiller = Distiller(
             student=roles[STUDENT],
             teachers={role: model for role, model in roles.items() if role != STUDENT},
@@ -95,10 +93,6 @@ def assemble(
             else None,
         )
     return assembly
-
-
-def _weight(weight: float | WeightEntry) -> float | WeightSchedule:
-    return weight if isinstance(weight, float) else WeightSchedule(**vars(weight))
 
 
 def _frozen(builder: Builder, assembly: Assembly) -> list[nn.Parameter]:

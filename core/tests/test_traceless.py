@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distill.testing import ToyConvNet
-from distill.training.buffers import buffers_kept
+from distill.training.traceless import buffers_kept
 
 
 class Remembering(nn.Module):
