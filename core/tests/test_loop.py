@@ -117,8 +117,8 @@ def test_training_equals_a_hand_written_loop_to_the_bit():
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
     step = 0
     for epoch in range(3):
-        for chosen in PLAN.draw(7, epoch):
-            torch.manual_seed(randomness.derive(7, "step", "kd", 0) + step)
+        for number, chosen in enumerate(PLAN.draw(7, epoch)):
+            torch.manual_seed(randomness.derive(7, "step", "kd", 0, epoch) + number)
             optimizer.zero_grad()
             logits = by_hand(DATA.inputs[chosen])
             F.cross_entropy(logits, torch.tensor([DATA.labels[i] for i in chosen])).backward()

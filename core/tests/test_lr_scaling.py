@@ -220,9 +220,7 @@ def test_the_command_says_what_was_scaled_and_trains_with_it(tmp_path, toys, mon
 
 
 @pytest.mark.usefixtures("only_core")
-def test_the_command_ends_with_the_place_of_a_rate_that_is_not_written(
-    tmp_path, toys, monkeypatch
-):
+def test_the_command_ends_with_the_place_of_a_rate_that_is_not_written(tmp_path, toys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy_experiment(tmp_path, {"optimizer": {"type": "Adam"}})
     command = ["run", "-p", str(toys), "toy.yaml", "--scale-lr", "5"]

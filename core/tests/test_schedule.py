@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 
 from distill.testing import toy_experiment, toy_registry
 from distill.training.build import Builder
-from distill.training.optimizer import build_schedule
+from distill.training.optimizer import build_optimization, build_schedule
 from distill.training.schedule import watches
 
 PLATEAU = {"type": "ReduceLROnPlateau", "params": {"mode": "max", "factor": 0.1, "patience": 0}}
@@ -198,3 +198,124 @@ def test_it_goes_on_from_a_saved_state_as_it_would_have(tmp_path, entries, stopp
     again.optimizer.load_state_dict(saved[1])
     again.schedule.load_state_dict(saved[0])
     assert before + again.over(8 - stopped, first=stopped) == whole
+
+
+def test_all_at_once_are_torchs_chained_scheduler_to_the_bit(tmp_path):
+    cosine = {"type": "CosineAnnealingLR", "params": {"T_max": 6, "eta_min": 0.1}}
+    entries = [WARMUP, cosine, HALVING]
+    assert Rates(tmp_path, entries).over(8) == torchs(
+        lambda optimizer: lr_scheduler.ChainedScheduler(
+            [
+                lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=3),
+                lr_scheduler.CosineAnnealingLR(optimizer, 6, 0.1),
+                lr_scheduler.ExponentialLR(optimizer, 0.5),
+            ]
+        ),
+        8,
+    )
+
+
+def sgd_with_momentum(folder, scheduler, module):
+    stage = {
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0, "momentum": 0.8, "nesterov": True}},
+        "scheduler": scheduler,
+    }
+    experiment = toy_experiment(folder, stage)
+    builder = Builder(experiment, toy_registry())
+    device = torch.device("cpu")
+    return build_optimization(builder, experiment.stages[0], {"student": module}, device)
+
+
+def advanced(optimization, weight, first, last, unit="epochs"):
+    """The settings in force in each epoch, and the weight after it."""
+    seen = []
+    for done in range(first, last + 1):
+        group = optimization.optimizer.param_groups[0]
+        optimization.backward((weight * weight).sum())
+        assert optimization.step()
+        seen.append((group["lr"], group["momentum"], weight.detach().item()))
+        optimization.schedule.advance(unit, done)
+    return seen
+
+
+ONE_CYCLE = {
+    "type": "OneCycleLR",
+    "params": {
+        "max_lr": 4.0,
+        "total_steps": 5,
+        "pct_start": 0.5,
+        "anneal_strategy": "linear",
+        "div_factor": 4.0,
+        "final_div_factor": 2.0,
+        "base_momentum": 0.5,
+        "max_momentum": 0.9,
+    },
+}
+
+
+def test_a_cycle_of_rate_and_momentum_leaves_no_trace_in_the_next_phase(tmp_path):
+    """Up from 1 to 4 within 1.5 epochs, down to 0.5 within 2.5; momentum the other way round."""
+    module = nn.Linear(1, 1, bias=False)
+    plain = dict(sgd_with_momentum(tmp_path, None, module).optimizer.param_groups[0])
+    row = [{**ONE_CYCLE, "until": 3}, {**HALVING, "until": 5}, {**ONE_CYCLE}]
+    optimization = sgd_with_momentum(tmp_path, row, module)
+    seen = advanced(optimization, module.weight, 1, 3)
+    rates, momenta = [1.0, 3.0, 4.0 - 0.5 / 2.5 * 3.5], [0.9, 0.9 - 0.4 / 1.5, 0.5 + 0.2 * 0.4]
+    assert [rate for rate, _, _ in seen] == pytest.approx(rates)
+    assert [momentum for _, momentum, _ in seen] == pytest.approx(momenta)
+    group = optimization.optimizer.param_groups[0]
+    assert {key for key in group if key not in plain} == {"initial_lr"}
+    assert {key: group[key] for key in plain} == plain
+    seen = advanced(optimization, module.weight, 4, 5)
+    assert [numbers[:2] for numbers in seen] == [(1.0, 0.8), (0.5, 0.8)]
+    seen = advanced(optimization, module.weight, 6, 8)
+    assert [rate for rate, _, _ in seen] == pytest.approx(rates)
+    assert [momentum for _, momentum, _ in seen] == pytest.approx(momenta)
+
+
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+@pytest.mark.parametrize("stopped", range(1, 8))
+def test_stopped_anywhere_a_fresh_optimizer_goes_on_with_the_same_numbers(tmp_path, stopped, unit):
+    """Phases of 3, 2 and 3; rate, momentum and weights to the bit."""
+    row = [
+        {**ONE_CYCLE, "unit": unit, "until": 3},
+        {**HALVING, "unit": unit, "until": 5},
+        {"type": "CosineAnnealingLR", "params": {"T_max": 4, "eta_min": 0.1}, "unit": unit},
+    ]
+
+    def fresh():
+        torch.manual_seed(0)
+        module = nn.Linear(1, 1, bias=False)
+        return module, sgd_with_momentum(tmp_path, row, module)
+
+    module, optimization = fresh()
+    whole = advanced(optimization, module.weight, 1, 8, unit)
+    module, optimization = fresh()
+    before = advanced(optimization, module.weight, 1, stopped, unit)
+    saved, weights = copy.deepcopy(optimization.state_dict()), module.state_dict()
+    again, resumed = fresh()
+    advanced(resumed, again.weight, 1, 1, unit)  # what it has been through does not matter
+    again.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    assert before + advanced(resumed, again.weight, stopped + 1, 8, unit) == whole
+
+
+def test_what_watches_goes_on_from_what_it_had_seen(tmp_path):
+    """Patience 0 and mode max: halved after each accuracy that is not above the best."""
+    plateau = {"type": "ReduceLROnPlateau", "params": {"mode": "max", "factor": 0.5, "patience": 0}}
+    given, expected = [0.5, 0.6, 0.6, 0.55, 0.7], [1.0, 1.0, 0.5, 0.25, 0.25]
+
+    def watched(optimization, accuracies):
+        rates = []
+        for accuracy in accuracies:
+            optimization.schedule.measured({"accuracy": accuracy})
+            optimization.schedule.advance("epochs", 1)
+            rates.append(optimization.lr)
+        return rates
+
+    for stopped in range(1, 5):
+        first = sgd_with_momentum(tmp_path, plateau, nn.Linear(1, 1))
+        before = watched(first, given[:stopped])
+        resumed = sgd_with_momentum(tmp_path, plateau, nn.Linear(1, 1))
+        resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert before + watched(resumed, given[stopped:]) == expected

@@ -250,11 +250,11 @@ class Stage:
         """The name of the measurement that tells which weights are best."""
         return self.best_by or next((metric.name for metric in self.metrics), None)
 
-    def metric(self, name: str) -> Metric:
+    def metric(self, name: str) -> Metric | None:
         """Return the metric that a measurement is of, whatever prefix and part its name has."""
         plain = name.partition("/")[0]
         fitting = [m for m in self.metrics if plain == m.name or plain.endswith(f".{m.name}")]
-        return max(fitting, key=lambda metric: len(metric.name))
+        return max(fitting, key=lambda metric: len(metric.name), default=None)
 
 
 @dataclass(frozen=True)

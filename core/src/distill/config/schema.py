@@ -113,7 +113,7 @@ DATA = _mapping(
     }
 )
 METRIC: Schema = {
-    **_mapping({**_PARTS, "name": TEXT}, "type"),
+    **_mapping({**_PARTS, "name": NAMED}, "type"),
     "type": ["object", "string"],
 }
 METRICS: Schema = {"type": "array", "items": METRIC}

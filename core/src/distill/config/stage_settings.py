@@ -98,7 +98,8 @@ def metrics(resolver: Resolver, given: Iterable[Any], path: Path) -> tuple[Metri
 
 
 def _metric_name(kind: str, params: Mapping[str, Any]) -> str:
-    given = ", ".join(f"{key}={value}" for key, value in params.items())
+    # A slash parts a metric's name from that of its part.
+    given = ", ".join(f"{key}={value}" for key, value in params.items()).replace("/", "|")
     return f"{kind}({given})" if given else kind
 
 
@@ -120,8 +121,12 @@ def _check_measuring(resolver: Resolver, draft: StageDraft, stage: Stage) -> Non
         resolver.fault(draft.places["keep"], "'ema' needs the key 'ema' with its decay")
     if is_gap(resolver, draft, "data.validate"):
         return
-    if stage.keep == "best" and not stage.data.validate:
-        resolver.fault(draft.places["keep"], "'best' needs data.validate to measure by")
+    if stage.ema is not None and "ema" in stage.data.validate[1:]:
+        place = draft.places.get("data.validate", stage.path)
+        resolver.fault(place, "measurements on a data set 'ema' would be called as the average's")
+    if stage.keep == "best" and not (stage.data.validate and stage.metrics):
+        what = "metrics" if stage.data.validate else "data.validate"
+        resolver.fault(draft.places["keep"], f"'best' needs {what} to measure by")
     if not is_gap(resolver, draft, "metrics"):
         _check_measured(resolver, stage, stage.best_by, draft.places.get("best_by", stage.path))
         for entry in stage.schedulers:

@@ -60,6 +60,7 @@ def training_batches(
     parts = list(plan.parts(seed, epoch, lead))
     batches = _batches(source, [part.keys for part in parts], loading, seed, epoch)
     for batch, part in zip(batches, parts, strict=True):
+        assert batch is not None, "while training another sample stands in"
         yield replace(batch, share=part.share, lead=part.lead, ends_step=part.ends_step)
 
 
@@ -73,8 +74,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield this process's part of the data set in its own order; no sample counts twice.
 
-    With ``in_step`` all processes get the same number of batches: those that have no sample left
-    get one with a share of 0, which is to be run and not counted.
+    With ``in_step`` all processes get the same number of batches: those that have no sample left,
+    or none that can be read, get one with a share of 0, which is to be run and not counted.
+
+    Raises:
+        DataError: as ``training_batches``; with ``in_step`` also if a process can read nothing.
     """
     world, rank = distributed.world_size(), distributed.rank()
     local = max(1, batch_size // world)
@@ -83,14 +87,26 @@ def evaluation_batches(
     most = -(-len(range(0, len(source), world)) // local)  # of process 0
     fill = most - len(parts) if in_step else 0
     batches = _batches(source, [*parts, *[[(0, 0)]] * fill], loading, seed, EVALUATION)
+    before: Batch | None = None
     for number, batch in enumerate(batches):
-        yield batch if number < len(parts) else replace(batch, share=0.0)
+        if batch is not None and number < len(parts):
+            yield batch
+        elif in_step:
+            stand_in = before if batch is None else batch
+            if stand_in is None:
+                raise DataError(f"data set '{source.name}': no sample of a batch can be read")
+            yield replace(stand_in, share=0.0)
+        before = before if batch is None else batch
 
 
-def sample_batch(source: Source, size: int, seed: int) -> Batch:
+def sample_batch(
+    source: Source, size: int, seed: int, on_bad_sample: Literal["raise", "skip"] = "raise"
+) -> Batch:
     """Return the first ``size`` samples, or as many as there are."""
     keys = [(index, 0) for index in range(min(size, len(source)))]
-    return next(_batches(source, [keys], Loading(), seed, 0))
+    batch = next(_batches(source, [keys], Loading(on_bad_sample=on_bad_sample), seed, 0))
+    assert batch is not None, "while training another sample stands in"
+    return batch
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,9 @@ class _Seeded(Dataset[_Item]):
         index, repeat = key
         while True:
             self.reading.note(index)
-            randomness.seed_sample(self.seed, self.epoch, index, repeat)
+            # One that stands in is not to look as in its own place.
+            place = -1 - key[0] if skipped else repeat
+            randomness.seed_sample(self.seed, self.epoch, index, place)
             try:
                 return _Item(self.source.read(index), skipped=tuple(skipped))
             except DataError as error:
@@ -140,7 +158,8 @@ class _Seeded(Dataset[_Item]):
 
 def _batches(
     source: Source, parts: list[list[Key]], loading: Loading, seed: int, epoch: int
-) -> Iterator[Batch]:
+) -> Iterator[Batch | None]:
+    """Yield batches, ``None`` for one of which no sample can be read."""
     reading = Reading(loading.workers)
     loader = DataLoader(
         _Seeded(source, seed, epoch, loading.on_bad_sample == "skip", reading),
@@ -158,8 +177,9 @@ def _batches(
             batch = next(iterator)
         except StopIteration:
             return
-        except RuntimeError as error:  # a worker died or hangs
-            text = reading.explain(str(error).splitlines()[0], loading.timeout)
+        # A worker died or hangs; one that died may also have taken with it what it had sent.
+        except (RuntimeError, OSError, EOFError) as error:
+            text = reading.explain(error, loading.timeout)
             raise DataError(f"data set '{source.name}': {text}") from error
         if isinstance(batch, DataError):
             raise batch
@@ -172,14 +192,14 @@ class _Collate:
 
     source: Source
 
-    def __call__(self, items: list[_Item]) -> Batch | DataError:
+    def __call__(self, items: list[_Item]) -> Batch | DataError | None:
         errors = [item.error for item in items if item.error]
         samples = [item.sample for item in items if item.sample is not None]
         skipped = tuple(pair for item in items for pair in item.skipped)
         if errors:
             return DataError(errors[0])
         if not samples:
-            return DataError(f"no sample of a batch can be read: {skipped[-1][1]}")
+            return None
         try:
             batch = self.source.collate(samples)
         except (TypeError, RuntimeError, ValueError, LookupError) as error:

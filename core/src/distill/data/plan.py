@@ -55,7 +55,9 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Samples an epoch draws."""
+        """Samples an epoch draws; with a batch sampler as many as its batches should have."""
+        if self.batch_sampler is not None:
+            return len(self.batch_sampler) * self.batch_size
         return self.size if self.sampler is None else len(cast(Sized, self.sampler))
 
     @property

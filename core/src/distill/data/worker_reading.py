@@ -29,22 +29,22 @@ class Reading:
         if worker is not None:
             self.rows.numpy()[worker.id] = os.getpid(), index
 
-    def explain(self, error: str, timeout: float) -> str:
+    def explain(self, error: Exception, timeout: float) -> str:
         """Say in which sample the worker that the loader complains of got stuck."""
-        match = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\)", error)
+        text = (str(error) or type(error).__name__).splitlines()[0]
         rows = [(pid, index) for pid, index in self.rows.tolist() if index != IDLE]
-        if match:
-            dead = {int(pid) for pid in match[1].split(",")}
-            at = [index for pid, index in rows if pid in dead]
-            why = error.partition(") ")[2].rstrip(". ").partition(". ")[0].removeprefix("is ")
-            return (
-                f"a loader worker died{_at(at)} ({why}); the system kills workers that need too "
-                "much memory: fewer data.workers need less"
-            )
-        if "timed out" in error:
+        if "timed out" in text:
             at = [index for _, index in rows]
             return f"no loader worker has answered for {timeout:g} s (data.worker_timeout){_at(at)}"
-        return error
+        match = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is )?([^.]*)", text)
+        if match is None and isinstance(error, RuntimeError):
+            return text
+        dead = {int(pid) for pid in match[1].split(",")} if match else {pid for pid, _ in rows}
+        at = [index for pid, index in rows if pid in dead]
+        return (
+            f"a loader worker died{_at(at)} ({match[2] if match else text}); the system kills "
+            "workers that need too much memory: fewer data.workers need less"
+        )
 
 
 def _at(samples: list[int]) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from distill import distributed
 from distill.data.loader import Loading, evaluation_batches
 from distill.data.source import Source
+from distill.errors import DataError
 from distill.training.metrics import Metric, merge_over_ranks, takes_teachers, values_by_name
 from distill.training.traceless import in_eval_mode
 
@@ -51,6 +53,9 @@ def evaluate(
         metrics: by name; reset first.
         how: batches, device, precision.
         teachers: by role, for metrics that compare with them; run only if there is one.
+
+    Raises:
+        DataError: if no sample can be read.
     """
     for metric in metrics.values():
         metric.reset()
@@ -68,16 +73,20 @@ def evaluate(
         torch.no_grad(),
         torch.autocast(how.device.type, how.autocast, enabled=enabled),
     ):
+        counted = 0
         for batch in batches:
             placed = batch.to(how.device, non_blocking=True, memory_format=how.memory_format)
             output = model(placed.inputs)
             outputs = {role: teacher(placed.inputs) for role, teacher in needed.items()}
             if not placed.share:  # run with the other processes, not counted
                 continue
+            counted += len(placed)
             for metric in plain:
                 metric.update(output, placed)
             for metric in comparing:
                 metric.update(output, placed, teachers=outputs)  # type: ignore[call-arg]
+    if distributed.sum_over_ranks(torch.tensor([float(counted)]), how.device).item() == 0:
+        raise DataError(f"data set '{source.name}': no sample can be read")
     for metric in metrics.values():
         merge_over_ranks(metric)
     values: dict[str, float] = {}

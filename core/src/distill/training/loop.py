@@ -21,7 +21,7 @@ from distill.training.non_finite import NonFinite, Seen, losses_are_finite
 from distill.training.optimizer import Optimization
 from distill.training.sync_batchnorm import uncounted
 
-AfterStep = Callable[[int, bool], None]
+AfterStep = Callable[[int, bool], float | None]
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,16 @@ class Loop:
             first_step: steps of the stage so far.
             on_log: given the progress every ``log_every`` steps.
             after_step: told after each step how many of the stage are over and whether the gradient
-                was followed, which it is not after an overflow in fp16.
+                was followed, which it is not after an overflow in fp16; may return how many seconds
+                it took that are no training.
 
         Raises:
             NonFinite: if a gradient is not finite; the weights are then as before the step.
             NumericalError: if a mean loss is not finite though its gradients are.
         """
         self.module.train()
-        base = randomness.derive(self.seed, "step", self.stage, distributed.rank())
-        meter, totals, step, draw = Meter(), _Totals(), first_step, first_step
+        base = randomness.derive(self.seed, "step", self.stage, distributed.rank(), epoch)
+        meter, totals, step = Meter(), _Totals(), first_step
         seen: list[Seen] = []
         moves = self.device.type != "cpu" or self.memory_format is not None
         started = last = monotonic()
@@ -111,8 +112,7 @@ class Loop:
                 batch = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
             if self.mixing is not None:
                 batch = self.mixing(batch, epoch, number, self.device)
-            randomness.seed_step(base, draw, self.device)
-            draw += 1
+            randomness.seed_step(base, number, self.device)
             losses = self._gradient(batch)
             meter.add(losses, len(batch) if batch.share else 0)
             seen.append(Seen(losses, batch.index, bool(batch.share)))
@@ -124,13 +124,14 @@ class Loop:
             totals.overflows += not followed
             seen.clear()
             step += 1
-            if after_step is not None:
-                after_step(step, followed)
             if (step - first_step) % self.log_every == 0:
                 means, samples = self._read(meter, totals, step)
                 now = monotonic()
                 on_log(Progress(step - first_step, means, samples / max(now - last, 1e-9)))
                 last = now
+            if after_step is not None:
+                paused = after_step(step, followed) or 0.0
+                started, last = started + paused, last + paused
         self._read(meter, totals, step)
         return totals.summary(monotonic() - started)
 
@@ -152,12 +153,11 @@ class Loop:
         return losses
 
     def _step(self, seen: list[Seen], step: int) -> bool:
-        followed = self.optimization.step()
-        if not followed:
-            fits = losses_are_finite(seen, self.device)
-            if self.optimization.is_beyond_scaling or not fits:
-                raise NonFinite(step + 1, list(seen))
-        return followed
+        outcome = self.optimization.step()
+        is_overflow = outcome == "overflow" and losses_are_finite(seen, self.device)
+        if outcome != "followed" and not is_overflow:
+            raise NonFinite(step + 1, list(seen))
+        return outcome == "followed"
 
     def _read(self, meter: Meter, totals: _Totals, step: int) -> tuple[dict[str, float], float]:
         losses, samples = meter.read()

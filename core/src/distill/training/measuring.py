@@ -49,28 +49,38 @@ class Measuring:
     average: Average | None = None
 
     def improves(self, best: Best, metrics: Numbers) -> bool:
-        """Whether ``metrics`` are the best so far.
-
-        Raises:
-            ConfigError: if what decides is not among them.
-        """
+        """Whether ``metrics`` are the best so far."""
         name = self.stage.decisive
         if name is None or not metrics:
             return False
-        if name not in metrics:
-            place = self.stage.places.get("best_by", self.stage.path)
-            text = f"'{name}' is not among what is measured: {', '.join(metrics)}"
-            raise self.run.builder.experiment.error(place, text)
-        metric = self.run.builder.component("metrics", self.stage.metric(name).component)
+        entry = self.stage.metric(name)
+        assert entry is not None, "the file has been checked for it"
+        metric = self.run.builder.component("metrics", entry.component)
         return best.beaten_by(metrics, name, is_higher_better(metric))
 
     def validate(self) -> dict[str, float]:
-        """Measure the student, and its average, on every validation data set."""
+        """Measure the student, and its average, on every validation data set.
+
+        Raises:
+            ConfigError: if what decides, or what a scheduler watches, is a part of a metric that it
+                turns out not to have.
+        """
         measured = self._validate(self.roles["student"], self._teachers())
         if self.average is not None:
             averaged = self._validate(self.average.model, self._teachers())
             measured.update({f"ema.{name}": value for name, value in averaged.items()})
+        if measured:
+            self._check_parts(measured)
         return measured
+
+    def _check_parts(self, measured: Numbers) -> None:
+        stage = self.stage
+        wanted = [(stage.decisive, stage.places.get("best_by", stage.path))]
+        wanted += [(entry.watch, (*entry.component.path, "watch")) for entry in stage.schedulers]
+        for name, place in wanted:
+            if name is not None and name not in measured:
+                text = f"'{name}' is not among what is measured: {', '.join(measured)}"
+                raise self.run.builder.experiment.error(place, text)
 
     def teachers(self) -> dict[str, dict[str, float]]:
         """Measure each teacher before it teaches.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from distill.training.metrics import is_higher_better
 from distill.training.parameter_groups import parameter_groups
 from distill.training.schedule import Schedule, watches
 
+Outcome = Literal["followed", "overflow", "not finite"]
 SMALLEST_SCALE = 2.0**-10
 """A gradient that overflows fp16 though the loss is scaled down so far is no overflow."""
 
@@ -41,29 +42,30 @@ class Optimization:
         """Add the gradient of ``loss``."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def step(self) -> bool:
+    def step(self) -> Outcome:
         """Follow the gradient once and forget it.
 
         Returns:
-            Whether it was followed. It is not, and nothing changes, if one of its elements is not
-            finite; under a scaler that is what an overflow looks like, and the scale is lowered.
+            ``followed``; ``overflow`` if an element is not finite under a scaler, which then lowers
+            its scale; ``not finite`` if one is not finite otherwise, or the norm to clip by is not.
+            Unless it is followed the weights stay as they are.
         """
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        is_finite = self._clip_and_check()
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)  # which leaves it out after an overflow
-            self.scaler.update()
+        scaler = self.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        is_finite = sharding.all_finite(self._gradients())
+        is_bounded = self.clip.norm is not None or self.clip.value is not None
+        if is_finite and is_bounded and not self._clip():
+            return "not finite"
+        if scaler is not None:
+            scaler.step(self.optimizer)  # which leaves it out after an overflow
+            scaler.update()
         elif is_finite:
             self.optimizer.step()
-        if is_finite or self.scaler is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-        return is_finite
-
-    @property
-    def is_beyond_scaling(self) -> bool:
-        """Whether the loss overflows although it is scaled down as far as that may help."""
-        return self.scaler is None or self.scaler.get_scale() < SMALLEST_SCALE
+        if not is_finite and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
+            return "not finite"
+        self.optimizer.zero_grad(set_to_none=True)
+        return "followed" if is_finite else "overflow"
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -93,19 +95,20 @@ class Optimization:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
-    def _clip_and_check(self) -> bool:
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def _clip(self) -> bool:
+        """Bound the gradient; return whether that can be done, its norm being finite too."""
         parameters = [p for p in self.parameters if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.clip.norm is None:
-            is_finite = sharding.all_finite(gradients)
-        else:
-            norm = sharding.whole(get_total_norm(gradients))
-            is_finite = math.isfinite(norm.item())
-            if is_finite:
-                clip_grads_with_norm_(parameters, self.clip.norm, norm)
-        if self.clip.value is not None and is_finite:
+        if self.clip.norm is not None:
+            norm = sharding.whole(get_total_norm(self._gradients()))
+            if not math.isfinite(norm.item()):
+                return False
+            clip_grads_with_norm_(parameters, self.clip.norm, norm)
+        if self.clip.value is not None:
             clip_grad_value_(parameters, self.clip.value)
-        return is_finite
+        return True
 
 
 def build_optimization(
@@ -150,13 +153,17 @@ def build_schedule(
 def _check_watching(builder: Builder, stage: Stage, entry: Scheduler) -> None:
     """Refuse a scheduler that watches a metric which is not measured, or in the wrong direction."""
     kind, place = entry.component.type, entry.component.path
-    if not (stage.data.validate and stage.metrics):
+    watched = entry.watch or stage.decisive
+    if not (stage.data.validate and watched):
+        if builder.experiment.gaps.explain((*stage.path, "data"), "validate"):
+            return
         message = f"{kind} watches a validation metric; give data.validate and metrics"
         raise builder.experiment.error(place, message)
-    watched = entry.watch or stage.decisive
-    assert watched is not None
-    metric = builder.component("metrics", stage.metric(watched).component)
-    wanted = "max" if is_higher_better(metric) else "min"
+    metric = stage.metric(watched)
+    if metric is None:
+        return  # a fault of its own
+    built = builder.component("metrics", metric.component)
+    wanted = "max" if is_higher_better(built) else "min"
     if entry.component.params.get("mode", "min") != wanted:
         better = "higher" if wanted == "max" else "lower"
         message = f"{kind} watches '{watched}', which is better when {better}: mode: {wanted}"

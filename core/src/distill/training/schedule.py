@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,17 +41,29 @@ class Schedule:
         in_a_row = any(entry.until is not None for entry in entries)
         self._phases = [[entry] for entry in entries] if in_a_row else [list(entries)]
         self._settings = [_settings(group) for group in optimizer.param_groups]
+        self._is_new = False
         self._start(0)
 
-    def advance(self, unit: Unit, done: int) -> None:
-        """Step what counts in ``unit``, of which ``done`` are over in this stage."""
+    def advance(self, unit: Unit, done: int, *, followed: bool = True) -> None:
+        """Step what counts in ``unit``, of which ``done`` are over in this stage.
+
+        After a step that was not ``followed``, torch would warn of the optimizer's having to come
+        first.
+        """
+        is_new, self._is_new = self._is_new, False
         entry, _ = self._active[0]
         if entry.unit == unit and entry.until is not None and done >= entry.until:
             self._start(self._phase + 1)
+            self._is_new = unit == "steps"
             return
-        for entry, scheduler in self._active:
-            if entry.unit == unit and not watches(scheduler):
-                scheduler.step()
+        if is_new and unit == "epochs":
+            return  # it took over with the epoch's last step, and has not trained yet
+        with warnings.catch_warnings() if not followed else nullcontext():
+            if not followed:
+                warnings.simplefilter("ignore")
+            for entry, scheduler in self._active:
+                if entry.unit == unit and not watches(scheduler):
+                    scheduler.step()
 
     def measured(self, metrics: Numbers) -> None:
         """Step what watches a metric."""

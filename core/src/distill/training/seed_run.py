@@ -150,7 +150,8 @@ class SeedRun:
 
     def first_measured(self, stage: Stage, source: Source, device: torch.device) -> Batch:
         """Return two samples as the stage's models are measured on them."""
-        return sample_batch(source, 2, self.seed).to(device, memory_format=memory_format(stage))
+        batch = sample_batch(source, 2, self.seed, stage.data.on_bad_sample)
+        return batch.to(device, memory_format=memory_format(stage))
 
     def in_form(self, stage: Stage, models: Iterable[nn.Module]) -> AbstractContextManager[None]:
         """Let models lie in memory as the stage wants them."""

@@ -31,7 +31,7 @@ def select_parameters(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.P
     Raises:
         DistillError: if it means nothing here.
     """
-    for owner, module in trained.items():
+    for owner, module in () if _is_pattern(entry) else trained.items():
         if entry == owner or entry.startswith(f"{owner}."):
             path = entry.removeprefix(owner).removeprefix(".")
             named = _by_name(entry, trained)
@@ -62,8 +62,12 @@ def _by_class(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Parameter
     ]
 
 
+def _is_pattern(entry: str) -> bool:
+    return any(sign in entry for sign in "*?[")
+
+
 def _unknown(entry: str, trained: Mapping[str, nn.Module]) -> str:
-    if any(sign in entry for sign in "*?["):
+    if _is_pattern(entry):
         names = [n for owner, m in trained.items() for n, _ in m.named_parameters(prefix=owner)]
         shown = ", ".join(names[:3])
         return f"no parameter's name fits '{entry}' (they are called: {shown}, ...)"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from distill.config.experiment import Stage
 from distill.data.loader import training_batches
 from distill.data.plan import Plan
 from distill.data.source import Source
-from distill.errors import DataError
+from distill.errors import DataError, NumericalError
 from distill.model.wiring import CallError
 from distill.observer import Numbers, StageResult
 from distill.training import sharding
@@ -201,17 +202,20 @@ class _Training:
         if schedule is None and average is None and not scheduled and not every:
             return None
 
-        def after(step: int, followed: bool) -> None:
+        def after(step: int, followed: bool) -> float | None:
             if average is not None and followed:
                 average.update(self.student)
             if schedule is not None:
-                schedule.advance("steps", step)
+                schedule.advance("steps", step, followed=followed)
             if scheduled:
                 self.criterion.set_position(epoch, step)
-            if every and step % every == 0 and step < self.stage.epochs * self.plan.steps:
-                is_best = self._validate(epoch)
-                self.events.evaluation(epoch, step, self.validation, is_best)
-                self.loop.module.train()
+            if not every or step % every or step == self.stage.epochs * self.plan.steps:
+                return None
+            started = monotonic()
+            is_best = self._validate(epoch)
+            self.events.evaluation(epoch, step, self.validation, is_best)
+            self.loop.module.train()
+            return monotonic() - started
 
         return after
 
@@ -273,7 +277,16 @@ class _Training:
         return result
 
     def _keep(self, name: str) -> None:
-        """Let the student go on with other weights than its last."""
+        """Let the student go on with other weights than its last.
+
+        Raises:
+            NumericalError: if there are no best ones, since nothing measured was a number.
+        """
+        if name == "best" and self.best.epoch == 0:
+            raise NumericalError(
+                f"stage '{self.stage.name}' has no best weights to keep: '{self.stage.decisive}' "
+                "was never a number"
+            )
         distributed.barrier()
         original = self.run.models[self.stage.student.model]
         load_weights(original, self.directory / f"{name}.safetensors")
