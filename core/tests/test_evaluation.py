@@ -68,6 +68,7 @@ def test_every_sample_counts_once_over_all_processes(monkeypatch, size, world, i
     monkeypatch.setattr(distributed, "world_size", lambda: world)
     states = []
     monkeypatch.setattr(distributed, "gather_objects", lambda own: [*states, own])
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values, device: values + 1)
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         seen = Seen()
@@ -187,7 +188,7 @@ def test_what_cannot_be_read_does_not_count_where_that_is_asked_for():
 
     skipping = how(4, loading=Loading(on_bad_sample="skip"))
     measured = evaluate(model_of(), Source("d", Torn(6)), {"seen": Seen()}, skipping)
-    assert measured == {"seen": 5.0}
+    assert measured == {"seen": 5.0, "skipped": 1.0}
 
 
 def test_images_are_in_the_memory_format_asked_for():

@@ -64,15 +64,9 @@ def test_the_direction_is_that_of_the_metric(tmp_path):
     assert higher.improves(best, {"cross_entropy": 1.5, "accuracy": 0.9})
 
 
-def test_a_metric_may_have_a_name_with_a_slash(tmp_path):
-    stage = {"metrics": [{"type": "accuracy", "name": "top/1"}], "best_by": "top/1"}
-    measured = measuring(tmp_path, **stage)
-    assert measured.improves(Best(), measured.validate())
-
-
-def test_the_first_metric_decides_though_its_name_has_a_slash(tmp_path):
-    measured = measuring(tmp_path, metrics=[{"type": "accuracy", "name": "top/1"}])
-    assert measured.improves(Best(), measured.validate())
+def test_a_metric_has_a_name_without_a_slash_which_parts_it_from_its_parts(tmp_path):
+    with pytest.raises(ConfigError, match="'top/1' does not fit here"):
+        measuring(tmp_path, metrics=[{"type": "accuracy", "name": "top/1"}])
 
 
 def test_nothing_is_best_where_nothing_is_measured(tmp_path):
@@ -83,7 +77,7 @@ def test_nothing_is_best_where_nothing_is_measured(tmp_path):
 def test_what_decides_has_to_be_measured(tmp_path):
     decided = measuring(tmp_path, best_by="accuracy/part")
     with pytest.raises(ConfigError, match=r"'accuracy/part' is not among what is measured: acc"):
-        decided.improves(Best(), {"accuracy": 1.0})
+        decided.validate()
 
 
 def test_the_first_validation_set_is_plain_and_others_have_their_names(tmp_path):

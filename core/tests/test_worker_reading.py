@@ -50,7 +50,7 @@ def test_without_workers_nothing_is_noted():
     ],
 )
 def test_a_dead_worker_is_told_with_its_sample(error, rows, said):
-    assert reading_of(*rows).explain(error, 600) == "a loader worker died" + said
+    assert reading_of(*rows).explain(RuntimeError(error), 600) == "a loader worker died" + said
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,9 @@ def test_a_dead_worker_is_told_with_its_sample(error, rows, said):
 )
 def test_a_worker_that_hangs_is_told_with_its_sample(rows, where):
     said = f"no loader worker has answered for 2.5 s (data.worker_timeout){where}"
-    assert reading_of(*rows).explain(LATE, 2.5) == said
+    assert reading_of(*rows).explain(RuntimeError(LATE), 2.5) == said
 
 
 def test_other_errors_stay_what_they_are():
-    assert reading_of((41, 3)).explain("pin memory failed", 600) == "pin memory failed"
+    error = RuntimeError("pin memory failed")
+    assert reading_of((41, 3)).explain(error, 600) == "pin memory failed"

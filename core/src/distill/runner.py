@@ -27,6 +27,7 @@ from distill.training.build import Builder
 from distill.training.check import check as find_faults
 from distill.training.check import refusals
 from distill.training.checkpoint import load_state
+from distill.training.evaluation import SKIPPED
 from distill.training.evaluation import evaluate as measure
 from distill.training.measuring import evaluating
 from distill.training.rehearsal import rehearse, rehearse_measuring
@@ -284,7 +285,8 @@ def _no_fractions(builder: Builder) -> set[str]:
     entries = [metric for stage in experiment.stages for metric in stage.metrics]
     entries += experiment.test.metrics if experiment.test else ()
     built = {entry.name: builder.component("metrics", entry.component) for entry in entries}
-    return {name for name, metric in built.items() if not getattr(metric, "is_fraction", True)}
+    counts = {name for name, metric in built.items() if not getattr(metric, "is_fraction", True)}
+    return {*counts, SKIPPED}
 
 
 @contextmanager

@@ -60,7 +60,6 @@ def training_batches(
     parts = list(plan.parts(seed, epoch, lead))
     batches = _batches(source, [part.keys for part in parts], loading, seed, epoch)
     for batch, part in zip(batches, parts, strict=True):
-        assert batch is not None, "while training another sample stands in"
         yield replace(batch, share=part.share, lead=part.lead, ends_step=part.ends_step)
 
 
@@ -74,8 +73,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield this process's part of the data set in its own order; no sample counts twice.
 
-    With ``in_step`` all processes get the same number of batches: those that have no sample left,
-    or none that can be read, get one with a share of 0, which is to be run and not counted.
+    A batch of which no sample can be read is empty. With ``in_step`` all processes get the same
+    number of batches to run: those that have no sample left, or none that can be read, get one with
+    a share of 0, which is to be run and not counted.
 
     Raises:
         DataError: as ``training_batches``; with ``in_step`` also if a process can read nothing.
@@ -89,14 +89,14 @@ def evaluation_batches(
     batches = _batches(source, [*parts, *[[(0, 0)]] * fill], loading, seed, EVALUATION)
     before: Batch | None = None
     for number, batch in enumerate(batches):
-        if batch is not None and number < len(parts):
-            yield batch
-        elif in_step:
-            stand_in = before if batch is None else batch
+        if in_step and (number >= len(parts) or len(batch) == 0):
+            stand_in = batch if len(batch) else before
             if stand_in is None:
                 raise DataError(f"data set '{source.name}': no sample of a batch can be read")
-            yield replace(stand_in, share=0.0)
-        before = before if batch is None else batch
+            yield replace(stand_in, share=0.0, skipped=batch.skipped)
+        else:
+            yield batch
+        before = batch if len(batch) else before
 
 
 def sample_batch(
@@ -104,9 +104,7 @@ def sample_batch(
 ) -> Batch:
     """Return the first ``size`` samples, or as many as there are."""
     keys = [(index, 0) for index in range(min(size, len(source)))]
-    batch = next(_batches(source, [keys], Loading(on_bad_sample=on_bad_sample), seed, 0))
-    assert batch is not None, "while training another sample stands in"
-    return batch
+    return next(_batches(source, [keys], Loading(on_bad_sample=on_bad_sample), seed, 0))
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,7 @@ class _Seeded(Dataset[_Item]):
 
 def _batches(
     source: Source, parts: list[list[Key]], loading: Loading, seed: int, epoch: int
-) -> Iterator[Batch | None]:
-    """Yield batches, ``None`` for one of which no sample can be read."""
+) -> Iterator[Batch]:
     reading = Reading(loading.workers)
     loader = DataLoader(
         _Seeded(source, seed, epoch, loading.on_bad_sample == "skip", reading),
@@ -172,6 +169,16 @@ def _batches(
         generator=torch.Generator().manual_seed(0),  # or the loader draws from the global one
     )
     iterator = iter(loader)
+    try:
+        yield from _read(iterator, source, reading, loading)
+    finally:
+        # Else workers live on for as long as an error's traceback refers to them.
+        getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+def _read(
+    iterator: Iterator[Any], source: Source, reading: Reading, loading: Loading
+) -> Iterator[Batch]:
     while True:
         try:
             batch = next(iterator)
@@ -192,14 +199,14 @@ class _Collate:
 
     source: Source
 
-    def __call__(self, items: list[_Item]) -> Batch | DataError | None:
+    def __call__(self, items: list[_Item]) -> Batch | DataError:
         errors = [item.error for item in items if item.error]
         samples = [item.sample for item in items if item.sample is not None]
         skipped = tuple(pair for item in items for pair in item.skipped)
         if errors:
             return DataError(errors[0])
         if not samples:
-            return None
+            return Batch(None, None, torch.empty(0, dtype=torch.long), skipped=skipped)
         try:
             batch = self.source.collate(samples)
         except (TypeError, RuntimeError, ValueError, LookupError) as error:

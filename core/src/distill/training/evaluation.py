@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,11 @@ from distill import distributed
 from distill.data.loader import Loading, evaluation_batches
 from distill.data.source import Source
 from distill.errors import DataError
+from distill.reference import STUDENT
 from distill.training.metrics import Metric, merge_over_ranks, takes_teachers, values_by_name
 from distill.training.traceless import in_eval_mode
+
+SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Return each metric's value by name; the models are in eval mode meanwhile.
 
+    Where samples could not be read and are skipped, ``skipped`` is their number.
+
     Args:
         model: called with ``batch.inputs``.
         source: the data.
         metrics: by name; reset first.
         how: batches, device, precision.
-        teachers: by role, for metrics that compare with them; run only if there is one.
+        teachers: by role, for metrics that compare with them.
 
     Raises:
         DataError: if no sample can be read.
@@ -61,35 +66,48 @@ def evaluate(
         metric.reset()
         if hasattr(metric, "classes"):
             metric.classes = source.classes
-    comparing = [metric for metric in metrics.values() if takes_teachers(metric)]
-    plain = [metric for metric in metrics.values() if metric not in comparing]
-    needed = teachers if teachers and comparing else {}
-    batches = evaluation_batches(
-        source, how.batch_size, how.loading, seed=how.seed, in_step=how.in_step
-    )
-    enabled = how.autocast is not None
+    models = {STUDENT: model, **(teachers or {})}
     with (
-        in_eval_mode([model, *needed.values()]),
+        in_eval_mode(models.values()),
         torch.no_grad(),
-        torch.autocast(how.device.type, how.autocast, enabled=enabled),
+        torch.autocast(how.device.type, how.autocast, enabled=how.autocast is not None),
     ):
-        counted = 0
-        for batch in batches:
-            placed = batch.to(how.device, non_blocking=True, memory_format=how.memory_format)
-            output = model(placed.inputs)
-            outputs = {role: teacher(placed.inputs) for role, teacher in needed.items()}
-            if not placed.share:  # run with the other processes, not counted
-                continue
-            counted += len(placed)
-            for metric in plain:
-                metric.update(output, placed)
-            for metric in comparing:
-                metric.update(output, placed, teachers=outputs)  # type: ignore[call-arg]
-    if distributed.sum_over_ranks(torch.tensor([float(counted)]), how.device).item() == 0:
+        counted, skipped = _run(models, source, list(metrics.values()), how)
+    seen = distributed.sum_over_ranks(torch.tensor([counted, skipped]), how.device)
+    if seen[0] == 0:
         raise DataError(f"data set '{source.name}': no sample can be read")
-    for metric in metrics.values():
-        merge_over_ranks(metric)
     values: dict[str, float] = {}
     for name, metric in metrics.items():
+        merge_over_ranks(metric)
         values.update(values_by_name(name, metric))
-    return values
+    return {**values, SKIPPED: float(seen[1])} if seen[1] else values
+
+
+def _run(
+    models: Mapping[str, nn.Module], source: Source, metrics: Sequence[Metric], how: Evaluating
+) -> tuple[int, int]:
+    """Show metrics this process's samples; return how many they were and how many are unreadable.
+
+    Teachers are run only if a metric compares with them.
+    """
+    comparing = [metric for metric in metrics if takes_teachers(metric)]
+    plain = [metric for metric in metrics if metric not in comparing]
+    needed = models if comparing else {STUDENT: models[STUDENT]}
+    counted = skipped = 0
+    for batch in evaluation_batches(
+        source, how.batch_size, how.loading, seed=how.seed, in_step=how.in_step
+    ):
+        skipped += len(batch.skipped)
+        if len(batch) == 0:
+            continue
+        placed = batch.to(how.device, non_blocking=True, memory_format=how.memory_format)
+        outputs = {role: model(placed.inputs) for role, model in needed.items()}
+        if not placed.share:  # run with the other processes, not counted
+            continue
+        counted += len(placed)
+        output = outputs.pop(STUDENT)
+        for metric in plain:
+            metric.update(output, placed)
+        for metric in comparing:
+            metric.update(output, placed, teachers=outputs)  # type: ignore[call-arg]
+    return counted, skipped
