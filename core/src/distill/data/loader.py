@@ -46,7 +46,7 @@ class Loading:
 def training_batches(
     source: Source,
     plan: Plan,
-    loading: Loading = Loading(),  # noqa: B008: frozen
+    loading: Loading = Loading(),  # noqa: B008
     *,
     seed: int,
     epoch: int,
@@ -66,7 +66,7 @@ def training_batches(
 def evaluation_batches(
     source: Source,
     batch_size: int,
-    loading: Loading = Loading(),  # noqa: B008: frozen
+    loading: Loading = Loading(),  # noqa: B008
     *,
     seed: int,
     in_step: bool = False,
