@@ -37,8 +37,10 @@ def scale_learning_rates(experiment: Experiment, batch_size: int) -> tuple[Exper
         stage.data.batch_size * stage.data.accumulate / batch_size for stage in experiment.stages
     ]
     stages = [_scaled(s, factor) for s, factor in zip(experiment.stages, factors, strict=True)]
-    resolved = copy.deepcopy(dict(experiment.resolved))
-    for plain, factor in zip(resolved["stages"], factors, strict=True):
+    # Stages share what they inherit, which is scaled for each.
+    plain_stages = [copy.deepcopy(plain) for plain in experiment.resolved["stages"]]
+    resolved = {**experiment.resolved, "stages": plain_stages}
+    for plain, factor in zip(plain_stages, factors, strict=True):
         _scale_plain(plain["optimizer"], factor)
         for group in plain["optimizer"].get("groups", []):
             _scale_plain(group, factor)

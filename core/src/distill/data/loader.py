@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from time import sleep
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from distill.errors import DataError
 
 EVALUATION = -1
 """The epoch that evaluation draws as."""
+HANDLED_WITHIN = 0.5
+"""Seconds within which the system tells of a worker's end."""
 LONGEST_GAP = 100
 """So many unreadable samples in a row end a run that skips them."""
 
@@ -46,7 +49,7 @@ class Loading:
 def training_batches(
     source: Source,
     plan: Plan,
-    loading: Loading = Loading(),  # noqa: B008
+    loading: Loading = Loading(),
     *,
     seed: int,
     epoch: int,
@@ -66,7 +69,7 @@ def training_batches(
 def evaluation_batches(
     source: Source,
     batch_size: int,
-    loading: Loading = Loading(),  # noqa: B008
+    loading: Loading = Loading(),
     *,
     seed: int,
     in_step: bool = False,
@@ -181,10 +184,13 @@ def _read(
 ) -> Iterator[Batch]:
     while True:
         try:
-            batch = next(iterator)
+            try:
+                batch = next(iterator)
+            except (OSError, EOFError):  # a worker died and took with it what it had sent
+                sleep(HANDLED_WITHIN)  # torch's handler of its end raises here, and says why
+                raise
         except StopIteration:
             return
-        # A worker died or hangs; one that died may also have taken with it what it had sent.
         except (RuntimeError, OSError, EOFError) as error:
             text = reading.explain(error, loading.timeout)
             raise DataError(f"data set '{source.name}': {text}") from error

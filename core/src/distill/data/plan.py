@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from distill import distributed, randomness
 from distill.errors import DataError
 
+T = TypeVar("T")
 Key = tuple[int, int]
 """A sample in an epoch: its index, and how often it has come before in this epoch."""
 
@@ -81,7 +82,7 @@ class Plan:
         """
         with randomness.seeded(seed, "order", epoch):
             if self.batch_sampler is not None:
-                drawn = [list(batch) for batch in self.batch_sampler]
+                drawn = self._indices(self.batch_sampler, lambda batch: [int(i) for i in batch])
                 self._check(drawn, [i for batch in drawn for i in batch], len(self.batch_sampler))
                 return drawn
             order = self._order(seed, epoch)
@@ -114,9 +115,20 @@ class Plan:
         if self.sampler is None:
             generator = torch.Generator().manual_seed(randomness.derive(seed, "order", epoch))
             return torch.randperm(self.size, generator=generator).tolist()
-        order = [int(index) for index in self.sampler]
+        order = self._indices(self.sampler, int)
         self._check(order, order, len(self.sampler))
         return order
+
+    @staticmethod
+    def _indices(sampler: Any, read: Callable[[Any], T]) -> list[T]:
+        try:
+            return [read(item) for item in sampler]
+        except TypeError as error:
+            kind = type(sampler).__name__
+            raise DataError(
+                f"{kind} gave something else than it should ({error}): a sampler gives whole "
+                "numbers, a batch sampler lists of them"
+            ) from error
 
     def _check(self, drawn: Sequence[Any], indices: Sequence[int], promised: int) -> None:
         kind = type(self.sampler or self.batch_sampler).__name__
