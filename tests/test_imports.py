@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 # `distill --help` spares torch, and whoever does not shard spares FSDP, which takes a second.
-LAZY = {"__init__", "cli", "parallel"}
+LAZY = {"__init__", "cli", "cli_plugins", "parallel"}
 
 
 def _module(file: Path) -> str:

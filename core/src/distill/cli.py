@@ -2,82 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from distill.errors import ConfigError, DistillError, NumericalError, PluginError, UsageError
-from distill.registry import SINGULAR
+from distill.cli_errors import Group
+from distill.cli_options import plugin_option, remote_code_option, set_option
+from distill.cli_plugins import cat, cp, ls, plugins
+from distill.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from distill.config.experiment import Experiment
     from distill.registry import Registry
 
-BUG = 70
-RESUMABLE = 75
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-class _Group(click.Group):
-    """Ends every command the same way: a message for the user's mistakes, never a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except DistillError as error:
-            _print_error(error)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":
-                click.echo(
-                    "\nstopped; the same command goes on from the last epoch's end", err=True
-                )
-            ctx.exit(RESUMABLE)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except BrokenPipeError:  # whoever read the output, such as head, has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(RESUMABLE)
-        except Exception as error:
-            rank = os.environ.get("RANK", "0")
-            if rank != "0" and _is_lost_contact(error):
-                click.echo(f"process {rank}: lost contact with the other processes", err=True)
-            elif type(error).__name__ == "OutOfMemoryError":  # torch's, known without importing it
-                text = str(error).split(". ")[0]
-                click.echo(f"error: {text}; a smaller data.batch_size needs less", err=True)
-            else:
-                traceback.print_exc()
-                click.echo("this is a bug of distill or of a plugin; please report it", err=True)
-            ctx.exit(BUG)
-
-
-def _is_lost_contact(error: Exception) -> bool:
-    """Whether a collective failed because another process, which says why, has ended."""
-    text = str(error)
-    signs = ("Connection closed", "Connection reset", "gloo", "NCCL", "TCPStore", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-
-
-def _print_error(error: DistillError) -> None:
-    """Print a message once: what is wrong with a file, or a gradient, every process finds."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        click.echo(f"{_heading(error)}{error}", err=True)
-    elif not isinstance(error, (ConfigError, NumericalError, PluginError)):
-        click.echo(f"process {rank}: {error}", err=True)
-
-
-def _heading(error: DistillError) -> str:
-    return "" if getattr(error, "faults", None) else "error: "
-
-
-@click.group(cls=_Group, context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(package_name="distill-core", prog_name="distill")
 def main() -> None:
     """Distil knowledge from a teacher network into a student.
@@ -87,42 +32,15 @@ def main() -> None:
     """
 
 
-def _plugin_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "-p",
-        "--plugin",
-        "plugin_files",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        metavar="FILE.py",
-        help="Load a local Python file as a plugin; may be given several times.",
-    )(command)
-
-
-def _set_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "-s",
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a value of the file, e.g. -s stages.kd.optimizer.params.lr=0.1.",
-    )(command)
-
-
-def _remote_code_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--allow-remote-code",
-        is_flag=True,
-        help="Let components fetch code from elsewhere and run it; `distill check` lists them.",
-    )(command)
+for command in (plugins, ls, cat, cp):
+    main.add_command(command)
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_set_option
-@_plugin_option
-@_remote_code_option
+@set_option
+@plugin_option
+@remote_code_option
 @click.option(
     "--scale-lr",
     type=click.IntRange(min=1),
@@ -171,9 +89,9 @@ def run(
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@_set_option
-@_plugin_option
-@_remote_code_option
+@set_option
+@plugin_option
+@remote_code_option
 @click.option(
     "--data", is_flag=True, help="Open data sets and checkpoints too, and run two samples."
 )
@@ -203,9 +121,9 @@ def check(
 
 @main.command(name="eval")
 @click.argument("source", metavar="RUN|FILE", type=click.Path(path_type=Path))
-@_set_option
-@_plugin_option
-@_remote_code_option
+@set_option
+@plugin_option
+@remote_code_option
 @click.option("--dataset", help="Name of a data set of the file.  [default: the test data]")
 @click.option("--stage", help="Stage whose student or teacher is meant.  [default: the last]")
 @click.option(
@@ -247,89 +165,13 @@ def evaluate(
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@_plugin_option
-def plugins(as_json: bool, plugin_files: Sequence[Path]) -> None:
-    """List installed plugins, what they bring, and what is wrong with the broken ones.
-
-    Long lists are cut; --json has every name.
-    """
-    from distill.plugins import plugins as load_plugins
-
-    registry = load_plugins(plugin_files)
-    if as_json:
-        records = [vars(record) for record in registry.records]
-        click.echo(json.dumps(records, indent=2))
-        return
-    for record in registry.records:
-        state = "BROKEN" if record.error else ""
-        click.echo(f"{record.provider} ({record.name}) {state}".rstrip())
-        if record.error:
-            click.echo(f"  {record.error}")
-        for kind, names in record.components.items():
-            click.echo(f"  {kind.replace('_', ' ')}: {_shortened(names)}")
-    for entries in registry.duplicates():
-        providers = " and ".join(entry.provider for entry in entries)
-        click.echo(f"offered twice: {SINGULAR[entries[0].kind]} {entries[0].name}, by {providers}")
-
-
-@main.command()
-@click.argument("text", default="")
-@_plugin_option
-def ls(text: str, plugin_files: Sequence[Path]) -> None:
-    """List presets: ready experiment files that plugins bring.
-
-    With TEXT, only those that have it in their name, description or package, e.g. `distill ls
-    cifar`. Next: `distill cat NAME`, `distill cp NAME`.
-    """
-    from distill.plugins import plugins as load_plugins
-    from distill.presets import listed
-
-    presets = listed(load_plugins(plugin_files), text)
-    widths = [max(map(len, column)) for column in zip(*presets, strict=True)]
-    for preset in presets:
-        cells = zip(preset, widths, strict=True)
-        click.echo("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
-    if not presets:
-        click.echo("no installed plugin brings presets; distill-kd does: pip install distill-kd")
-
-
-@main.command()
-@click.argument("name")
-@_plugin_option
-def cat(name: str, plugin_files: Sequence[Path]) -> None:
-    """Print the preset NAME; its comments say what it needs and what is to be expected of it."""
-    from distill.plugins import plugins as load_plugins
-    from distill.presets import preset_text
-
-    click.echo(preset_text(load_plugins(plugin_files), name), nl=False)
-
-
-@main.command()
-@click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path), default=Path())
-@click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
-@_plugin_option
-def cp(name: str, file: Path, force: bool, plugin_files: Sequence[Path]) -> None:
-    """Copy the preset NAME to FILE, a file or an existing folder.  [default: ./NAME.yaml]
-
-    Then change it at will and run it: `distill run NAME.yaml`.
-    """
-    from distill.plugins import plugins as load_plugins
-    from distill.presets import copy_preset
-
-    registry = load_plugins(plugin_files)
-    click.echo(f"wrote {copy_preset(registry, name, file, overwrite=force)}")
-
-
-@main.command()
 @click.argument("source", metavar="MODEL|FILE")
 @click.option("--input", "shape", metavar="C,H,W", help="Shape of one input, e.g. 3,224,224.")
 @click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="Parameter of MODEL.")
 @click.option("--model", help="Of FILE: only this model.")
-@_set_option
-@_plugin_option
-@_remote_code_option
+@set_option
+@plugin_option
+@remote_code_option
 def inspect(
     source: str,
     shape: str | None,
@@ -400,8 +242,3 @@ def _shape(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--input {text}: write numbers with commas, e.g. 3,224,224") from None
-
-
-def _shortened(names: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(sorted(names)[:limit]) + more

@@ -1,0 +1,68 @@
+"""How every command ends: with a message for the user's mistakes, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from distill.errors import ConfigError, DistillError, NumericalError, PluginError
+
+BUG = 70
+RESUMABLE = 75
+
+
+class Group(click.Group):
+    """Ends every command the same way: a message for the user's mistakes, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DistillError as error:
+            _print_error(error)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(
+                    "\nstopped; the same command goes on from the last epoch's end", err=True
+                )
+            ctx.exit(RESUMABLE)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:  # whoever read the output, such as head, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(RESUMABLE)
+        except Exception as error:
+            rank = os.environ.get("RANK", "0")
+            if rank != "0" and _is_lost_contact(error):
+                click.echo(f"process {rank}: lost contact with the other processes", err=True)
+            elif type(error).__name__ == "OutOfMemoryError":  # torch's, known without importing it
+                text = str(error).split(". ")[0]
+                click.echo(f"error: {text}; a smaller data.batch_size needs less", err=True)
+            else:
+                traceback.print_exc()
+                click.echo("this is a bug of distill or of a plugin; please report it", err=True)
+            ctx.exit(BUG)
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    """Whether a collective failed because another process, which says why, has ended."""
+    text = str(error)
+    signs = ("Connection closed", "Connection reset", "gloo", "NCCL", "TCPStore", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _print_error(error: DistillError) -> None:
+    """Print a message once: what is wrong with a file, or a gradient, every process finds."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        click.echo(f"{_heading(error)}{error}", err=True)
+    elif not isinstance(error, (ConfigError, NumericalError, PluginError)):
+        click.echo(f"process {rank}: {error}", err=True)
+
+
+def _heading(error: DistillError) -> str:
+    return "" if getattr(error, "faults", None) else "error: "
