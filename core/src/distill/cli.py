@@ -146,7 +146,10 @@ def evaluate(
     seed: int | None,
     weights: str | None,
 ) -> None:
-    """Measure a student or teacher of a run (a folder) or of an experiment file."""
+    """Measure a student or teacher of a run (a folder) or of an experiment file.
+
+    Metrics that compare with a teacher are left out.
+    """
     from distill.runner import evaluate as evaluate_model
     from distill.trained import Choice, trained_model
 

@@ -13,6 +13,7 @@ from distill.errors import ConfigError, DistillError, NumericalError, PluginErro
 
 BUG = 70
 RESUMABLE = 75
+FOUND_BY_ALL = (ConfigError, NumericalError, PluginError)
 
 
 class Group(click.Group):
@@ -36,8 +37,8 @@ class Group(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(RESUMABLE)
         except Exception as error:
-            rank = os.environ.get("RANK", "0")
-            if rank != "0" and _is_lost_contact(error):
+            rank = os.environ.get("RANK")
+            if rank is not None and _is_lost_contact(error):
                 click.echo(f"process {rank}: lost contact with the other processes", err=True)
             elif type(error).__name__ == "OutOfMemoryError":  # torch's, known without importing it
                 text = str(error).split(". ")[0]
@@ -60,7 +61,7 @@ def _print_error(error: DistillError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         click.echo(f"{_heading(error)}{error}", err=True)
-    elif not isinstance(error, (ConfigError, NumericalError, PluginError)):
+    elif error.of_one_process or not isinstance(error, FOUND_BY_ALL):
         click.echo(f"process {rank}: {error}", err=True)
 
 

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 
 
 class DistillError(Exception):
-    """An error with a message for the user; ``exit_code`` is what the command ends with."""
+    """An error with a message for the user.
+
+    Attributes:
+        exit_code: what the command ends with.
+        of_one_process: whether other processes may not have found it, since it came from its data.
+    """
 
     exit_code = 70
+    of_one_process = False
 
 
 class UsageError(DistillError):

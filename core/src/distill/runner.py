@@ -183,7 +183,11 @@ def evaluate(
     seed = experiment.seeds[0]
     source = {dataset: builder.source(dataset)}
     run = SeedRun(builder, seed, device, Path(), _tell_nobody, {}, source)
-    metrics = run.metrics(experiment.test.metrics if experiment.test else chosen.metrics)
+    entries = experiment.test.metrics if experiment.test else chosen.metrics
+    metrics = run.metrics(entries)
+    if entries and not metrics:
+        names = ", ".join(entry.name for entry in entries)
+        raise UsageError(f"{names}: compared with a teacher, which is done during a run only")
     how = evaluating(run, chosen)
     return dataset, measure(model.to(device), source[dataset], metrics, how)
 

@@ -15,8 +15,8 @@ def summary_table(
     """Return the results as a Markdown table, one row a stage.
 
     The gain is the mean over seeds of the difference to the baseline stage with the same seed,
-    for students of the same architecture; a spread is the standard deviation over seeds. Of a
-    metric with several parts only the mean is shown.
+    for students of the same architecture; a spread is the standard deviation over seeds. Parts
+    of a metric are left to the files.
 
     Args:
         experiment: the description.
@@ -24,7 +24,7 @@ def summary_table(
         no_fractions: metrics that are not to be shown in percent.
     """
     names = dict.fromkeys(name for result in results for name in _numbers(result))
-    metrics = [name for name in names if "/" not in name or name.endswith("/mean")]
+    metrics = [name for name in names if "/" not in name]
     show = {name: _plain if _is_one_of(name, no_fractions) else _percent for name in metrics}
     baseline = experiment.test.baseline if experiment.test else None
     header = ["stage", "student", "parameters", *metrics]

@@ -140,7 +140,7 @@ def _losses(losses: Mapping[str, float]) -> str:
 def _after(metrics: Mapping[str, float], apart: str = "  ") -> str:
     """Return metrics to put behind something else: a line each data set if there are many."""
     # Parts of a metric (of each class, say) are for the files; there may be hundreds.
-    shown = [name for name in metrics if "/" not in name or name.endswith("/mean")]
+    shown = [name for name in metrics if "/" not in name]
     groups: dict[str, list[str]] = {}
     for name in shown:
         groups.setdefault(name.rpartition(".")[0], []).append(f"{name} {metrics[name]:.4f}")

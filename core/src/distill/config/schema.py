@@ -135,7 +135,7 @@ STAGE = _mapping(
         "criterion": _named(TERM, minProperties=1),
         "optimizer": OPTIMIZER,
         "scheduler": {**SCHEDULER, "type": ["object", "array", "null"], "items": SCHEDULER},
-        "clip": _or_null(_mapping({"norm": POSITIVE, "value": POSITIVE})),
+        "clip": _or_null(_mapping({"norm": POSITIVE, "value": POSITIVE}, minProperties=1)),
         "precision": {"enum": ["fp32", "bf16", "fp16"]},
         "channels_last": FLAG,
         "compile": {"type": ["array", "null"], "items": NAMED, "uniqueItems": True},

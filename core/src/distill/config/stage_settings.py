@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from distill import reference
@@ -72,9 +73,17 @@ def schedulers(resolver: Resolver, draft: StageDraft) -> tuple[Scheduler, ...]:
         for one, place in zip(given, places, strict=True)
     )
     until = [entry.until is not None for entry in row]
-    if until[-1] or len(set(until[:-1])) > 1:
-        message = "all but the last need 'until', where the next one takes over; without any, all "
+    if until[-1]:
+        message = "the last scheduler, or the only one, goes on to the end: it takes no 'until'"
+        resolver.fault((*row[-1].component.path, "until"), message)
+    elif len(set(until[:-1])) > 1:
+        message = "give all but the last 'until', where the next one takes over, or none: then all "
         resolver.fault(path, message + "act at once")
+    for before, after in pairwise(row[:-1]):
+        alike = before.unit == after.unit and before.until is not None and after.until is not None
+        if alike and after.until <= before.until:  # type: ignore[operator]
+            message = f"{after.until} {after.unit} are over when the one before it ends"
+            resolver.fault((*after.component.path, "until"), message)
     return row
 
 
@@ -114,6 +123,9 @@ def _check_samplers(resolver: Resolver, draft: StageDraft, stage: Stage) -> None
     if stage.data.sampler and stage.data.batch_sampler:
         place = draft.places.get("data.batch_sampler", draft.path)
         resolver.fault(place, "give either 'sampler' or 'batch_sampler', not both")
+    if stage.data.batch_sampler and stage.data.drop_last:
+        place = draft.places.get("data.drop_last", draft.path)
+        resolver.fault(place, "a batch sampler itself says which batches there are")
 
 
 def _check_measuring(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:

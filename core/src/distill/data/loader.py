@@ -96,7 +96,8 @@ def evaluation_batches(
             stand_in = batch if len(batch) else before
             if stand_in is None:
                 raise DataError(f"data set '{source.name}': no sample of a batch can be read")
-            yield replace(stand_in, share=0.0, skipped=batch.skipped)
+            skipped = batch.skipped if number < len(parts) else ()
+            yield replace(stand_in, share=0.0, skipped=skipped)
         else:
             yield batch
         before = batch if len(batch) else before
@@ -214,11 +215,16 @@ class _Collate:
         if not samples:
             return Batch(None, None, torch.empty(0, dtype=torch.long), skipped=skipped)
         try:
-            batch = self.source.collate(samples)
+            batch: Any = self.source.collate(samples)
         except (TypeError, RuntimeError, ValueError, LookupError) as error:
             return DataError(
                 f"data set '{self.source.name}': samples cannot be put into a batch: "
                 + _collate_hint(samples[0].input, error)
+            )
+        if not isinstance(batch, Batch):
+            kind = type(self.source.collate).__name__
+            return DataError(
+                f"{kind} gave {type(batch).__name__}; a collate function gives a Batch"
             )
         return replace(batch, skipped=skipped) if skipped else batch
 

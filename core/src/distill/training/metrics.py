@@ -36,7 +36,10 @@ class Metric(Protocol):
         """Add what another process has seen."""
 
     def compute(self) -> float | Mapping[str, float]:
-        """Return the value over everything seen, or several by name."""
+        """Return the value over everything seen, or several by name.
+
+        Of several, ``mean`` is reported under the metric's own name, others as ``<name>/<part>``.
+        """
 
 
 def merge_over_ranks(metric: Metric) -> None:
@@ -65,11 +68,14 @@ def takes_teachers(metric: Metric) -> bool:
 
 
 def values_by_name(name: str, metric: Metric) -> dict[str, float]:
-    """Return a metric's value under its name, or its several as ``name/part``."""
+    """Return a metric's value under its name, or its several under theirs."""
     value = metric.compute()
     # Plain numbers: a checkpoint with numpy's could not be loaded again.
     if isinstance(value, Mapping):
-        return {f"{name}/{part}": float(number) for part, number in value.items()}
+        return {
+            name if part == "mean" else f"{name}/{part}": float(number)
+            for part, number in value.items()
+        }
     return {name: float(value)}
 
 

@@ -115,5 +115,9 @@ def _gradient_line(trained: Mapping[str, nn.Module]) -> str:
         if parameter.grad is not None
         and not bool(torch.isfinite(sharding.local_part(parameter.grad)).all())
     ]
+    if not bad:
+        return (
+            "every term and every gradient is finite, but their norm, which clip.norm needs, is not"
+        )
     some = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    return f"every term is finite, the gradient of {some or 'some parameter'} is not"
+    return f"every term is finite, the gradient of {some} is not"

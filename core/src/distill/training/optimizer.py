@@ -145,6 +145,9 @@ def build_schedule(
         scheduler = builder.component("schedulers", entry.component, over)
         if watches(scheduler):
             _check_watching(builder, stage, entry)
+        elif entry.watch is not None:
+            text = f"{entry.component.type} watches nothing"
+            raise builder.experiment.error((*entry.component.path, "watch"), text)
         return scheduler
 
     return Schedule(optimizer, stage.schedulers, build, stage.decisive or "")

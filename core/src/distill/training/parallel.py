@@ -69,6 +69,7 @@ def shard(distiller: Distiller, device: torch.device, more: Iterable[nn.Module] 
     parts = [*distiller.models().values(), *distiller.auxiliary]
     parts += [*distiller.criterion.modules_of_terms, *more]
     for part in parts:
+        part.to(memory_format=torch.contiguous_format)  # FSDP takes no other
         for block in [*_blocks(part), part]:
             # Said outright: an average is called beside the distiller, and would stay whole.
             fully_shard(block, mesh=mesh, reshard_after_forward=True)

@@ -34,9 +34,14 @@ def parameter_groups(
     """
     faults = list(_faulty_settings(builder, stage))
     waiting = {id(p): p for m in trained.values() for p in m.parameters() if p.requires_grad}
+    taken: set[int] = set()
     chosen: list[tuple[list[nn.Parameter], Mapping[str, Any]]] = []
     for group in stage.optimizer.groups:
         meant = _select(builder, trained, group.match, (*group.path, "match"), faults)
+        if meant and meant.keys() <= taken:
+            text = "every parameter that it names belongs to a group before it"
+            faults.append(builder.experiment.fault((*group.path, "match"), text))
+        taken |= meant.keys()
         chosen.append(([waiting.pop(i) for i in meant if i in waiting], group.params))
     path = (*stage.optimizer.component.path, "no_decay")
     exempt = _select(builder, trained, stage.optimizer.no_decay, path, faults)

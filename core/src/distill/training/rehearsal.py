@@ -1,6 +1,6 @@
 """Two samples through a whole stage before anything is trained: shapes, classes, gradients.
 
-It runs in eval mode and gives buffers back what they held, so that it leaves no trace.
+It gives buffers back what they held, and random generators where they stood: it leaves no trace.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def rehearse(
     assert distiller is not None
     if plan.batches == 0:
         raise _no_batch(experiment, assembly.stage, source, plan)
-    with in_eval_mode([distiller]), buffers_kept(distiller):
+    with _as_in_training(distiller, batch), buffers_kept(distiller):
         copied = []
         for role in distiller.models():
             copied += _run_alone(experiment, assembly, source, role, batch)
@@ -100,6 +100,26 @@ def _broadcasting_refused() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Using a (target|input) size", UserWarning)
         yield
+
+
+@contextmanager
+def _as_in_training(distiller: Distiller, batch: Batch) -> Iterator[None]:
+    """Put student, auxiliary modules and losses in train mode, in which some models give more.
+
+    A single sample, which BatchNorm cannot train on, is run in eval mode.
+    """
+    if len(batch) < 2:
+        with in_eval_mode([distiller]):
+            yield
+        return
+    modes = {module: module.training for module in distiller.modules()}
+    with torch.random.fork_rng(enabled=batch.index.device.type != "meta"):
+        distiller.train()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def _no_batch(experiment: Experiment, stage: Stage, source: Source, plan: Plan) -> ConfigError:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from distill.config.experiment import Scheduler, Unit
+from distill.errors import DistillError
 from distill.observer import Numbers
+
+
+class ScheduleError(DistillError):
+    """A scheduler, ``entry``, fails."""
+
+    def __init__(self, entry: Scheduler, message: str):
+        self.entry = entry
+        super().__init__(message)
 
 
 class Schedule:
@@ -63,7 +72,7 @@ class Schedule:
                 warnings.simplefilter("ignore")
             for entry, scheduler in self._active:
                 if entry.unit == unit and not watches(scheduler):
-                    scheduler.step()
+                    _step(entry, scheduler)
 
     def measured(self, metrics: Numbers) -> None:
         """Step what watches a metric."""
@@ -97,6 +106,13 @@ class Schedule:
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _step(entry: Scheduler, scheduler: Any) -> None:
+    try:
+        scheduler.step()
+    except (ValueError, ZeroDivisionError) as error:  # it may have come to its own end
+        raise ScheduleError(entry, f"{entry.component.type} cannot go on: {error}") from error
 
 
 def watches(scheduler: Any) -> bool:

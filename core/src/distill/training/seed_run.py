@@ -116,6 +116,10 @@ class SeedRun:
             batch_sampler = self.builder.component(
                 "batch_samplers", data.batch_sampler, dataset, data.batch_size
             )
+        for component, made in ((data.sampler, sampler), (data.batch_sampler, batch_sampler)):
+            if component is not None and not hasattr(made, "__len__"):
+                text = f"{component.type} has no length, which schedules and processes count on"
+                raise self.builder.experiment.error(component.path, text)
         return Plan(
             len(self.sources[data.train]),
             data.batch_size,

@@ -25,7 +25,7 @@ def select_parameters(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.P
     Args:
         entry: a module (``student.layer1``, ``regressor``), a parameter or a pattern of parameters'
             names (``student.*.bias``), a class (``BatchNorm2d``), or one of the words ``bias``
-            (every parameter of that name) and ``norm`` (those of normalization layers).
+            (every parameter whose name ends so) and ``norm`` (those of normalization layers).
         trained: what the stage trains, by name.
 
     Raises:
@@ -34,8 +34,10 @@ def select_parameters(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.P
     for owner, module in () if _is_pattern(entry) else trained.items():
         if entry == owner or entry.startswith(f"{owner}."):
             path = entry.removeprefix(owner).removeprefix(".")
-            named = _by_name(entry, trained)
-            return named or list(find_module(module, path).parameters())
+            named = _by_name(entry, trained) or list(find_module(module, path).parameters())
+            if not named:
+                raise DistillError(f"'{entry}' has no parameters")
+            return named
     chosen = _by_name(entry, trained) or _by_class(entry, trained)
     if not chosen:
         raise DistillError(_unknown(entry, trained))
@@ -43,7 +45,7 @@ def select_parameters(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.P
 
 
 def _by_name(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    pattern = "*.bias" if entry == "bias" else entry
+    pattern = "*bias" if entry == "bias" else entry  # in_proj_bias is one too
     return [
         parameter
         for owner, module in trained.items()
@@ -57,9 +59,22 @@ def _by_class(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Parameter
     return [
         parameter
         for module in modules
-        if type(module).__name__ == entry or (entry == "norm" and isinstance(module, NORMS))
+        if class_name(module) == entry or (entry == "norm" and _is_norm(module))
         for parameter in module.parameters()
     ]
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, which FSDP puts a word before."""
+    name = type(module).__name__
+    is_sharded = any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    return name.removeprefix("FSDP") if is_sharded else name
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalization layer: one of torch's, or a layer that is called so."""
+    is_called_so = "norm" in class_name(module).lower() and not any(module.children())
+    return isinstance(module, NORMS) or is_called_so
 
 
 def _is_pattern(entry: str) -> bool:
@@ -71,7 +86,9 @@ def _unknown(entry: str, trained: Mapping[str, nn.Module]) -> str:
         names = [n for owner, m in trained.items() for n, _ in m.named_parameters(prefix=owner)]
         shown = ", ".join(names[:3])
         return f"no parameter's name fits '{entry}' (they are called: {shown}, ...)"
-    classes = {type(m).__name__ for root in trained.values() for m in root.modules()}
+    classes = {class_name(m) for root in trained.values() for m in root.modules()}
+    if entry in classes:
+        return f"'{entry}' has no parameters"
     known = [*trained, *sorted(classes), *WORDS]
     hint = did_you_mean(entry, known) or f" (modules: {', '.join(trained)})"
     return f"'{entry}' is neither a module nor a class of one that trains{hint}"

@@ -29,6 +29,7 @@ from distill.training.measuring import Best, Measuring
 from distill.training.non_finite import NonFinite, explanation
 from distill.training.optimizer import build_optimization
 from distill.training.rehearsal import rehearse
+from distill.training.schedule import ScheduleError
 from distill.training.seed_run import SeedRun, memory_format
 from distill.training.spread import Spread, spread
 from distill.training.stage import Assembly, module_error, roles_in_force
@@ -185,7 +186,12 @@ class _Training:
             raise explanation(error, stage.name, trained, self.source) from error
         except CallError as error:
             experiment, assembly = self.run.builder.experiment, self.spread.assembly
-            raise module_error(experiment, assembly, error.module, str(error)) from error
+            failure = module_error(experiment, assembly, error.module, str(error))
+            failure.of_one_process = True
+            raise failure from error
+        except ScheduleError as error:
+            place = error.entry.component.path
+            raise self.run.builder.experiment.error(place, str(error)) from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -198,7 +204,8 @@ class _Training:
         """Return what is to be done after each step, nothing if that is nothing."""
         schedule, average = self.loop.optimization.schedule, self.average
         scheduled = self.criterion.is_scheduled
-        every = self.stage.evaluate.every if self.stage.evaluate.unit == "steps" else 0
+        by_steps = self.stage.evaluate.unit == "steps" and self.stage.data.validate
+        every = self.stage.evaluate.every if by_steps else 0
         if schedule is None and average is None and not scheduled and not every:
             return None
 
@@ -212,6 +219,7 @@ class _Training:
             if not every or step % every or step == self.stage.epochs * self.plan.steps:
                 return None
             started = monotonic()
+            self._share_state()
             is_best = self._validate(epoch)
             self.events.evaluation(epoch, step, self.validation, is_best)
             self.loop.module.train()
@@ -219,8 +227,26 @@ class _Training:
 
         return after
 
+    def _share_state(self) -> None:
+        """Give all processes the main one's running statistics and the like; look at the weights.
+
+        Raises:
+            NumericalError: if weights are not finite though every gradient was.
+        """
+        modules = [*self.spread.assembly.trained().values()]
+        modules += [self.average.model] if self.average is not None else []
+        distributed.broadcast_from_main([buffer for m in modules for buffer in m.buffers()])
+        weights = [p.detach() for p in self.loop.optimization.parameters]
+        if not sharding.all_finite(weights):
+            raise NumericalError(
+                f"stage '{self.stage.name}': weights are infinite or no numbers though every "
+                "gradient was finite; the last checkpoint is from before. The learning rate is "
+                "too high"
+            )
+
     def _end_epoch(self, epoch: int, summary: EpochSummary, lr: float) -> None:
         self.seconds += summary.seconds
+        self._share_state()
         evaluate = self.stage.evaluate
         is_due = evaluate.unit == "epochs" and (epoch + 1) % evaluate.every == 0
         is_measured = is_due or epoch + 1 == self.stage.epochs
@@ -236,7 +262,6 @@ class _Training:
 
     def _validate(self, epoch: int) -> bool:
         """Measure, keep the best weights, step what watches; return whether it is the best."""
-        distributed.broadcast_from_main(list(self.student.buffers()))
         self.validation = self.measuring.validate()
         is_best = self.measuring.improves(self.best, self.validation)
         if is_best:
@@ -287,9 +312,11 @@ class _Training:
                 f"stage '{self.stage.name}' has no best weights to keep: '{self.stage.decisive}' "
                 "was never a number"
             )
-        distributed.barrier()
         original = self.run.models[self.stage.student.model]
-        load_weights(original, self.directory / f"{name}.safetensors")
+        if distributed.is_main():  # whose disk the others may not see
+            load_weights(original, self.directory / f"{name}.safetensors")
+        weights = {key: value.cpu() for key, value in original.state_dict().items()}
+        original.load_state_dict(distributed.from_main(weights))
         self.spread.load(self.student, original)
 
     def _write(self, name: str, model: nn.Module) -> None:
