@@ -101,11 +101,18 @@ EXPERIMENT: dict[str, Any] = {
 
 
 class Faulty(ToyData):
-    """Toy data some samples of which cannot be read; the others are shifted at random."""
+    """Toy data some samples of which cannot be read or are no numbers; the others are shifted."""
 
-    def __init__(self, bad: Sequence[int] = (), size: int = 16, shape: tuple[int, ...] = (4,)):
+    def __init__(
+        self,
+        bad: Sequence[int] = (),
+        nan: Sequence[int] = (),
+        size: int = 16,
+        shape: tuple[int, ...] = (4,),
+    ):
         super().__init__(size, 3, shape)
         self.bad = set(bad)
+        self.inputs[list(nan)] = torch.nan
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if index in self.bad:

@@ -105,9 +105,9 @@ def test_an_epoch_is_one_line():
 
 
 def test_many_metrics_take_a_line_each_data_set_and_parts_are_left_to_the_files():
-    metrics = {"a": 0.1, "b": 0.2, "c/cat": 0.3, "c/mean": 0.4, "ema.a": 0.5, "ema.b": 0.6}
+    metrics = {"a": 0.1, "b": 0.2, "c/cat": 0.3, "c": 0.4, "ema.a": 0.5, "ema.b": 0.6}
     lines = printed(("epoch_end", epoch_end(metrics=metrics))).splitlines()[2:]
-    assert lines == ["    a 0.1000 b 0.2000 c/mean 0.4000", "    ema.a 0.5000 ema.b 0.6000"]
+    assert lines == ["    a 0.1000 b 0.2000 c 0.4000", "    ema.a 0.5000 ema.b 0.6000"]
 
 
 def test_what_is_measured_within_an_epoch_is_a_line_with_its_step():
