@@ -151,7 +151,7 @@ def evaluate(
     Metrics that compare with a teacher are left out.
     """
     from distill.runner import evaluate as evaluate_model
-    from distill.trained import Choice, trained_model
+    from distill.trained import Choice, find_stage, trained_model
 
     directory = source if source.is_dir() else None
     file = source / "resolved.yaml" if directory else source
@@ -165,6 +165,10 @@ def evaluate(
     click.echo(f"{described}, on data set {on}:")
     for name, value in metrics.items():
         click.echo(f"  {name} {value:.4f}")
+    asked = experiment.test.metrics if experiment.test else find_stage(experiment, stage).metrics
+    for metric in asked:
+        if not any(name.partition("/")[0] == metric.name for name in metrics):
+            click.echo(f"  {metric.name}: not here, it compares with a teacher during a run")
 
 
 @main.command()

@@ -143,7 +143,9 @@ def _after(metrics: Mapping[str, float], apart: str = "  ") -> str:
     shown = [name for name in metrics if "/" not in name]
     groups: dict[str, list[str]] = {}
     for name in shown:
-        groups.setdefault(name.rpartition(".")[0], []).append(f"{name} {metrics[name]:.4f}")
+        value = metrics[name]
+        text = f"{value:,.0f}" if name.rpartition(".")[2] == "skipped" else f"{value:.4f}"
+        groups.setdefault(name.rpartition(".")[0], []).append(f"{name} {text}")
     if len(shown) > MOST_METRICS_IN_A_LINE:
         apart = "\n    "
     return "".join(apart + " ".join(group) for group in groups.values())

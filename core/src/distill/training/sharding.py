@@ -40,13 +40,11 @@ def all_finite(gradients: Sequence[torch.Tensor]) -> bool:
     if not gradients:
         return True
     local = [local_part(gradient) for gradient in gradients]
-    found = torch.zeros(1, device=local[0].device)
+    found = torch.zeros(1, device=local[0].device, dtype=torch.float32)
     for dtype in {g.dtype for g in local}:
         same = [g.coalesce().values() if g.is_sparse else g for g in local if g.dtype == dtype]
         # What GradScaler looks for overflows with: a single pass, which multiplies by 1 here.
-        torch._amp_foreach_non_finite_check_and_unscale_(
-            same, found, torch.ones((), device=found.device)
-        )
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, torch.ones_like(found[0]))
     if any(map(is_parted, gradients)):
         dist.all_reduce(found)
     return found.item() == 0

@@ -296,7 +296,9 @@ class _Training:
             teachers=self.teachers,
         )
         self.run.results.append(result)
-        files = [self.directory / f"{name}.safetensors" for name in ("last", "best", "ema")]
+        # What goes on first: it is what the test measures.
+        names = dict.fromkeys((self.stage.keep, "last", "best", "ema"))
+        files = [self.directory / f"{name}.safetensors" for name in names]
         self.events.end(result, [file for file in files if file.exists()])
         self.run.save(self.number + 1, 0, {})
         return result
@@ -354,6 +356,12 @@ def _notes(assembly: Assembly, plan: Plan, copied: Iterable[str]) -> list[str]:
         notes.append(f"a step is {stage.data.accumulate} batches, {samples:,} samples")
     if plan.batch_sampler is None and plan.samples % plan.batch_size == 1 and not plan.drop_last:
         notes.append("the last batch of an epoch is a single sample; data.drop_last leaves it out")
+    lengths = {"epochs": stage.epochs, "steps": stage.epochs * plan.steps}
+    notes += [
+        f"{entry.component.type} goes on to the end, which comes before its until: {entry.until}"
+        for entry in stage.schedulers
+        if entry.until is not None and entry.until >= lengths[entry.unit]
+    ]
     if stage.parallel == "fsdp" and distributed.world_size() == 1:
         notes.append("parallel: fsdp has nothing to share out in a single process")
     return notes
