@@ -326,9 +326,13 @@ def test_a_module_that_feeds_itself_is_a_circle():
             "best_by: needs data.validate to measure on",
         ),
         ("scheduler: {type: P, watch: acc}", "scheduler.watch: stage 'two' measures no 'acc'"),
-        ("scheduler: {type: A, until: 3}", "scheduler: all but the last need 'until'"),
-        ("scheduler: [{type: A}, {type: B, until: 3}]", "all but the last need 'until'"),
-        ("scheduler: [{type: A, until: 3}, {type: B}, {type: C}]", "all but the last need"),
+        ("scheduler: {type: A, until: 3}", "scheduler.until: the last scheduler, or the only one"),
+        ("scheduler: [{type: A}, {type: B, until: 3}]", "scheduler[1].until: the last scheduler"),
+        ("scheduler: [{type: A, until: 3}, {type: B}, {type: C}]", "give all but the last 'until'"),
+        (
+            "scheduler: [{type: A, until: 3}, {type: B, until: 2}, {type: C}]",
+            "scheduler[1].until: 2 epochs are over when the one before it ends",
+        ),
         (
             "metrics: [m, m]\nbest_by: m",
             "metrics[1]: two metrics are called 'm'; give one a 'name'",

@@ -119,6 +119,11 @@ def test_parameters_are_part_of_what_was_looked_for(tmp_path):
     root = str(tmp_path)
     assert f"{root}/test_32x32.mat" in refusal("SVHN", root=root, split="test")
     assert f"{root}/VOCdevkit/VOC2007 " in refusal("VOCDetection", root=root, year="2007")
+
+
+def test_imagenet_names_the_archives_it_is_made_of(tmp_path):
+    pytest.importorskip("scipy", reason="torchvision's ImageNet reads its archives with scipy")
+    root = str(tmp_path)
     text = refusal("ImageNet", root=root, split="val")
     assert f"{root}/val (torchvision makes it, and meta.bin, of ILSVRC2012_devkit_t12" in text
     assert "ILSVRC2012_img_val.tar" in text
