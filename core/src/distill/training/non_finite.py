@@ -20,7 +20,7 @@ from distill.training import sharding
 MOST_SAMPLES_SHOWN = 16
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Seen:
     """One batch of a step: its losses by name, its samples, and whether it counts."""
 

@@ -31,6 +31,7 @@ class Optimization:
         schedule: of the learning rates, or ``None``.
         scaler: of the loss in fp16, or ``None``.
         clip: bounds of the gradient.
+        parameters: everything that is trained.
     """
 
     optimizer: torch.optim.Optimizer
@@ -67,10 +68,10 @@ class Optimization:
         self.optimizer.zero_grad(set_to_none=True)
         return "followed" if is_finite else "overflow"
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def __post_init__(self) -> None:
+        self.parameters: list[nn.Parameter] = [
+            p for group in self.optimizer.param_groups for p in group["params"]
+        ]
 
     @property
     def lr(self) -> float:

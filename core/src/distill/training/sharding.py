@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,15 +40,25 @@ def all_finite(gradients: Sequence[torch.Tensor]) -> bool:
     """
     if not gradients:
         return True
-    local = [local_part(gradient) for gradient in gradients]
-    found = torch.zeros(1, device=local[0].device, dtype=torch.float32)
-    for dtype in {g.dtype for g in local}:
-        same = [g.coalesce().values() if g.is_sparse else g for g in local if g.dtype == dtype]
+    are_parted = is_parted(gradients[0])  # all are, or none
+    local = [local_part(gradient) for gradient in gradients] if are_parted else gradients
+    device = local[0].device
+    found = torch.zeros(1, device=device, dtype=torch.float32)
+    for same in _by_type(local):
         # What GradScaler looks for overflows with: a single pass, which multiplies by 1 here.
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found, torch.ones_like(found[0]))
-    if any(map(is_parted, gradients)):
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, _one(device))
+    if are_parted:
         dist.all_reduce(found)
     return found.item() == 0
+
+
+def _by_type(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return the values of tensors, those of one type together."""
+    groups: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        groups.setdefault(tensor.dtype, []).append(values)
+    return list(groups.values())
 
 
 @torch.no_grad()
@@ -55,6 +66,11 @@ def load(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Overwrite what a module holds, whole or in parts, with whole values."""
     for name, tensor in module.state_dict().items():
         local_part(tensor).copy_(local_part(_like(state[name], tensor)))
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), device=device, dtype=torch.float32)
 
 
 def is_parted(value: Any) -> bool:
