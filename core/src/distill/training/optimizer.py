@@ -43,7 +43,7 @@ class Optimization:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of ``loss`` to that of the step."""
         if self._is_done:
-            # Only now: given back earlier, their memory would have to be fetched anew (7 % of a step).
+            # Only now: given back earlier, its memory has to be fetched anew (7 % of a step).
             self.optimizer.zero_grad(set_to_none=True)
             self._is_done = False
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
