@@ -8,8 +8,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from distill.signature import bind
-from distill_datasets_vision import distill_transforms
-from distill_datasets_vision.transforms import LEFT_OUT
+from distill_datasets_vision.transforms import LEFT_OUT, torchvision_transforms
 
 # What a transform cannot be made without; as core makes it of a file's text, numbers and lists.
 REQUIRED = {
@@ -58,23 +57,23 @@ def test_every_v2_transform_is_offered_or_left_out_for_a_reason():
         for name, member in vars(v2).items()
         if inspect.isclass(member) and issubclass(member, v2.Transform) and name[0] != "_"
     }
-    offered = distill_transforms()
+    offered = torchvision_transforms()
     assert offered.keys() == public - LEFT_OUT.keys()
     assert LEFT_OUT.keys() <= public
     assert {"RandomCrop", "RandomHorizontalFlip", "Normalize", "ToImage"} <= offered.keys()
 
 
-@pytest.mark.parametrize("name", sorted(distill_transforms().keys() - NEEDS_TARGET))
+@pytest.mark.parametrize("name", sorted(torchvision_transforms().keys() - NEEDS_TARGET))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_transform_turns_one_image_into_one_image(name):
-    transform = distill_transforms()[name](**REQUIRED.get(name, {}))
+    transform = torchvision_transforms()[name](**REQUIRED.get(name, {}))
     result = transform(image_for(name))
     assert isinstance(result, (torch.Tensor, Image.Image))
 
 
-@pytest.mark.parametrize("name", sorted(distill_transforms()))
+@pytest.mark.parametrize("name", sorted(torchvision_transforms()))
 def test_a_transform_says_what_parameters_it_takes(name):
-    factory = distill_transforms()[name]
+    factory = torchvision_transforms()[name]
     parameters = inspect.signature(factory, eval_str=True).parameters
     required = {n for n, p in parameters.items() if p.default is p.empty}
     assert required == REQUIRED.get(name, {}).keys()
@@ -82,7 +81,7 @@ def test_a_transform_says_what_parameters_it_takes(name):
 
 
 def test_hints_tell_text_from_enum_members_and_dtypes():
-    offered = distill_transforms()
+    offered = torchvision_transforms()
     policy = inspect.signature(offered["AutoAugment"], eval_str=True).parameters["policy"]
     assert issubclass(policy.annotation, Enum)
     dtype = inspect.signature(offered["ToDtype"], eval_str=True).parameters["dtype"]
@@ -110,16 +109,16 @@ NOT_TRIED_WITH_BOXES = {
 @pytest.mark.parametrize("name", sorted(FOR_INPUTS_ALONE))
 def test_the_automatic_augmentations_refuse_boxes_and_masks(name):
     with pytest.raises(TypeError, match=f"BoundingBoxes are not supported by {name}"):
-        distill_transforms()[name]()(image_for(name), detection())
+        torchvision_transforms()[name]()(image_for(name), detection())
 
 
 @pytest.mark.parametrize(
-    "name", sorted(distill_transforms().keys() - FOR_INPUTS_ALONE - NOT_TRIED_WITH_BOXES)
+    "name", sorted(torchvision_transforms().keys() - FOR_INPUTS_ALONE - NOT_TRIED_WITH_BOXES)
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_joint_transform_takes_and_gives_image_and_target(name):
     torch.manual_seed(0)
-    transform = distill_transforms()[name](**REQUIRED.get(name, {}))
+    transform = torchvision_transforms()[name](**REQUIRED.get(name, {}))
     given = image_for(name)
     image = tv_tensors.Image(given[..., :16, :16]) if isinstance(given, torch.Tensor) else given
     changed, target = transform(image, detection())
@@ -132,22 +131,24 @@ def test_a_joint_transform_takes_and_gives_image_and_target(name):
 def test_boxes_that_an_image_has_lost_are_left_out_with_their_masks_and_labels():
     target = detection()
     target["boxes"][0] = torch.tensor([5, 5, 5, 9])
-    _, kept = distill_transforms()["SanitizeBoundingBoxes"]()(Image.new("RGB", (16, 16)), target)
+    _, kept = torchvision_transforms()["SanitizeBoundingBoxes"]()(
+        Image.new("RGB", (16, 16)), target
+    )
     assert kept["labels"].tolist() == [5]
     assert len(kept["boxes"]) == len(kept["masks"]) == 1
 
 
 def test_key_points_that_an_image_has_lost_are_left_out():
     points = tv_tensors.KeyPoints([[[1, 1]], [[30, 5]]], canvas_size=(16, 16))
-    _, kept = distill_transforms()["SanitizeKeyPoints"]()(Image.new("RGB", (16, 16)), points)
+    _, kept = torchvision_transforms()["SanitizeKeyPoints"]()(Image.new("RGB", (16, 16)), points)
     assert kept.tolist() == [[[1, 1]]]
 
 
 def made(name, **params):
     """Build it as core does, from what a file holds."""
-    binding = bind(distill_transforms()[name], params)
+    binding = bind(torchvision_transforms()[name], params)
     assert not binding.problems
-    return distill_transforms()[name](**binding.arguments)
+    return torchvision_transforms()[name](**binding.arguments)
 
 
 def test_fill_may_differ_for_image_and_mask():
@@ -177,8 +178,8 @@ def test_an_unknown_kind_or_type_is_refused_with_the_known_ones():
         made("ToDtype", dtype={"Mask": "int46"})
 
 
-@pytest.mark.parametrize("name", sorted(distill_transforms()))
+@pytest.mark.parametrize("name", sorted(torchvision_transforms()))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_transform_is_torchvision_s_own(name):
-    transform = distill_transforms()[name](**REQUIRED.get(name, {}))
+    transform = torchvision_transforms()[name](**REQUIRED.get(name, {}))
     assert type(transform) is getattr(v2, name)

@@ -19,6 +19,7 @@ from distill_datasets_vision.digits_models import DigitsStudent, DigitsTeacher
 from distill_datasets_vision.hub_models import torch_hub
 from distill_datasets_vision.image_files import ImageFiles, ImageMaskFolders
 from distill_datasets_vision.models import torchvision_models
+from distill_datasets_vision.nested_transforms import RandomApply, RandomChoice, RandomOrder
 from distill_datasets_vision.timm_models import timm
 from distill_datasets_vision.transforms import torchvision_transforms
 from distill_datasets_vision.tv_tensors import TVTensors
@@ -62,7 +63,12 @@ def distill_dataset_wrappers() -> Mapping[str, Callable[..., Any]]:
 @hookimpl
 def distill_transforms() -> Mapping[str, Callable[..., Any]]:
     """The transforms of ``torchvision.transforms.v2`` that can be built from plain data."""
-    return torchvision_transforms()
+    return {
+        **torchvision_transforms(),
+        "RandomApply": RandomApply,
+        "RandomChoice": RandomChoice,
+        "RandomOrder": RandomOrder,
+    }
 
 
 @hookimpl

@@ -16,16 +16,16 @@ from torchvision.tv_tensors import TVTensor  # type: ignore[attr-defined]
 LEFT_OUT = {
     "Transform": "a base to derive from",
     "Compose": "takes transforms; an experiment file lists them itself",
-    "RandomApply": "takes transforms",
-    "RandomChoice": "takes transforms",
-    "RandomOrder": "takes transforms",
+    "RandomApply": "takes transforms: see nested_transforms.py",
+    "RandomChoice": "takes transforms: see nested_transforms.py",
+    "RandomOrder": "takes transforms: see nested_transforms.py",
     "Lambda": "takes a function",
     "CutMix": "mixes the images and labels of a batch: a batch transform",
     "MixUp": "mixes the images and labels of a batch: a batch transform",
     "FiveCrop": "makes several images of one",
     "TenCrop": "makes several images of one",
 }
-"""Names of ``torchvision.transforms.v2`` that are not offered, and why."""
+"""Names of ``torchvision.transforms.v2`` that are not offered from there, and why."""
 
 KINDS: dict[str, type] = {
     name: member
