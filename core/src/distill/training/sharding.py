@@ -32,16 +32,16 @@ def parted(state: dict[str, Any], parameters: Sequence[torch.Tensor]) -> dict[st
     }
 
 
-def all_finite(gradients: Sequence[torch.Tensor]) -> bool:
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether every element is finite, on all processes.
 
-    Gradients that DDP has averaged are alike everywhere: each process finds the same for itself. Of
-    parted ones each looks at its own, and all are asked.
+    Weights, and gradients that DDP has averaged, are alike everywhere: each process finds the same
+    for itself. Of parted ones each looks at its own, and all are asked.
     """
-    if not gradients:
+    if not tensors:
         return True
-    are_parted = is_parted(gradients[0])  # all are, or none
-    local = [local_part(gradient) for gradient in gradients] if are_parted else gradients
+    are_parted = is_parted(tensors[0])  # all are, or none
+    local = [local_part(tensor) for tensor in tensors] if are_parted else tensors
     device = local[0].device
     found = torch.zeros(1, device=device, dtype=torch.float32)
     for same in _by_type(local):
