@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distill import Capture, DistillError
-from distill.model.capture import find_module, split_path, unknown_module
+from distill.model.capture import Complete, find_module, split_path, unknown_module
 from distill.testing import ToyMLP
 
 INPUTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -41,6 +41,23 @@ class PairOverwriting(nn.Module):
         pair = self.both(inputs)
         pair["b"][0].mul_(0)
         return pair["a"]
+
+
+class RunsThrice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(self.layer(self.layer(x)))
+
+
+class Counting(nn.Module):
+    count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return x
 
 
 class RunsTwice(nn.Module):
@@ -184,18 +201,99 @@ def test_every_tensor_of_an_output_with_parts_is_copied():
 def test_a_module_that_runs_twice_is_an_error_and_leaves_nothing_behind():
     model = RunsTwice()
     with Capture(model, ["layer"]) as capture:
-        with pytest.raises(DistillError, match="if it runs more than once in a forward"):
-            model(INPUTS)
+        model(INPUTS)
+        with pytest.raises(DistillError, match="'layer' ran 2 times .* 'layer@-1' the last"):
+            capture.pop()
         with pytest.raises(DistillError, match="did not run"):
             capture.pop()
 
 
 def test_two_forwards_without_a_pop_between_are_noticed():
     model = ToyMLP()
-    with Capture(model, ["body"]):
+    with Capture(model, ["body"]) as capture:
         model(INPUTS)
-        with pytest.raises(DistillError, match="ran again before it was popped"):
+        model(INPUTS)
+        with pytest.raises(DistillError, match="ran 2 times since it was last popped"):
+            capture.pop()
+
+
+@pytest.mark.parametrize(
+    ("call", "number"), [("@0", 0), ("@1", 1), ("@2", 2), ("@-1", 2), ("@-3", 0)]
+)
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_module_that_runs_several_times_is_addressed_by_call(call, number, stops):
+    model = RunsThrice()
+    with Capture(model, [f"layer{call}", f"layer{call}:input"]) as capture:
+        for _ in range(2):
+            try:
+                model(INPUTS)
+            except Complete:
+                assert stops
+            if stops:
+                capture.stop_early()
+            values = capture.pop()
+    x = INPUTS
+    for _ in range(number):
+        x = model.layer(x)
+    assert torch.equal(values[f"layer{call}:input"], x)
+    assert torch.equal(values[f"layer{call}"], model.layer(x))
+
+
+@pytest.mark.parametrize("call", ["@3", "@-4"])
+def test_a_call_that_there_is_not_is_told_with_how_many_there_are(call):
+    model = RunsThrice()
+    with Capture(model, [f"layer{call}"]) as capture:
+        model(INPUTS)
+        with pytest.raises(DistillError, match="is not there: it ran 3 times, the first being @0"):
+            capture.pop()
+
+
+def test_negative_numbers_count_from_the_last_of_a_row():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+    with Capture(model, ["-1.-2", "1.1"]) as capture:
+        output = model(INPUTS)
+        values = capture.pop()
+    assert torch.equal(values["1.1"], output)
+    assert torch.equal(values["-1.-2"].tanh(), output)
+    with pytest.raises(DistillError, match="has no module '-3'"):
+        Capture(model, ["-3"])
+
+
+def test_stopping_early_leaves_out_what_comes_behind_the_last_value():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Counting(), nn.Linear(4, 2))
+    with Capture(model, ["0", "1:input", "1"]) as capture:
+        model(INPUTS)
+        capture.stop_early()
+        whole = capture.pop()
+        for _ in range(2):
+            with pytest.raises(Complete):
+                model(INPUTS)
+            stopped = capture.pop()
+    assert model[2].count == 1
+    assert all(torch.equal(whole[path], stopped[path]) for path in whole)
+
+
+def test_a_stop_passes_through_models_that_catch_exceptions():
+    class Catching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.rest = nn.Linear(4, 4), Counting()
+
+        def forward(self, x):
+            try:
+                y = self.layer(x)
+            except Exception:
+                y = x
+            return self.rest(y)
+
+    model = Catching()
+    with Capture(model, ["layer"]) as capture:
+        model(INPUTS)
+        capture.stop_early()
+        capture.pop()
+        with pytest.raises(Complete):
             model(INPUTS)
+    assert model.rest.count == 1
 
 
 def test_a_module_that_did_not_run_is_an_error():

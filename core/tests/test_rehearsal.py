@@ -7,6 +7,7 @@ from distill.data.loader import sample_batch, training_batches
 from distill.data.plan import Plan
 from distill.testing import ToyConvNet, ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
+from distill.training.parts import Parts as StageParts
 from distill.training.rehearsal import rehearse, rehearse_measuring
 from distill.training.stage import assemble, roles_in_force
 
@@ -75,11 +76,15 @@ REGISTRY = toy_registry(
 )
 
 
+IMITATE = {"type": "MSELoss", "inputs": {"input": "student", "target": "teacher"}}
+TAUGHT = {"teacher": {"model": "wide"}, "criterion": {"imitate": IMITATE}}
+
+
 def assembled(folder, stage, **keys):
     experiment = toy_experiment(folder, stage, **keys)
     builder = Builder(experiment, REGISTRY)
     models = {name: builder.model(name, 0) for name in experiment.models}
-    assembly = assemble(builder, experiment.stages[0], models, {}, 0, CPU)
+    assembly = assemble(builder, experiment.stages[0], models, StageParts(), 0, CPU)
     assert not assembly.faults
     return builder, assembly
 
@@ -88,7 +93,7 @@ def rehearse_on(builder, assembly):
     """Rehearse a stage on its own data."""
     source, data = builder.source("train"), assembly.stage.data
     plan = Plan(len(source), data.batch_size, data.drop_last)
-    return rehearse(builder.experiment, assembly, source, plan, sample_batch(source, 2, 0))
+    return rehearse(builder, assembly, source, plan, sample_batch(source, 2, 0), 0)
 
 
 def rehearsed(folder, stage, **keys):
@@ -131,7 +136,7 @@ def test_a_class_count_that_is_not_the_datas_names_model_and_data_set(tmp_path):
 def test_a_teachers_class_count_is_checked_too(tmp_path):
     models = {"mlp": {"type": "ToyMLP"}, "wide": {"type": "ToyMLP", "params": {"classes": 4}}}
     with pytest.raises(DataError, match="model 'wide' has 4 outputs"):
-        rehearsed(tmp_path, {"teacher": {"model": "wide"}}, models=models)
+        rehearsed(tmp_path, TAUGHT, models=models)
 
 
 def test_classes_do_not_matter_where_nothing_is_scored_by_them(tmp_path):
@@ -227,7 +232,7 @@ def test_a_model_that_fails_on_the_data_is_told_with_the_shape(tmp_path):
 
 def test_a_teacher_that_fails_is_told_at_the_teacher(tmp_path):
     models = {"mlp": {"type": "ToyMLP"}, "wide": {"type": "ToyMLP", "params": {"features": 7}}}
-    fault = fault_of(tmp_path, {"teacher": {"model": "wide"}}, models=models)
+    fault = fault_of(tmp_path, TAUGHT, models=models)
     assert fault.path == "stages.stage0.teacher"
 
 
@@ -237,7 +242,7 @@ def test_a_failure_without_a_word_is_told_by_its_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"), [("unused", "did not run"), ("twice", "ran again before")]
+    ("layer", "reason"), [("unused", "did not run"), ("twice", "ran 2 times since")]
 )
 def test_a_layer_that_cannot_be_captured_is_told_where_it_is_asked_for(tmp_path, layer, reason):
     hint = {"type": "MSELoss", "inputs": {"input": f"student.{layer}", "target": "student.body"}}
@@ -311,7 +316,7 @@ def test_a_batch_sampler_that_gives_no_batch_is_told(tmp_path):
     source = builder.source("train")
     plan = Plan(20, 8, batch_sampler=[])
     with pytest.raises(ConfigError, match="the batch sampler gives no batch") as caught:
-        rehearse(builder.experiment, assembly, source, plan, sample_batch(source, 2, 0))
+        rehearse(builder, assembly, source, plan, sample_batch(source, 2, 0), 0)
     assert caught.value.faults[0].path == "stages.stage0.data"
 
 
@@ -320,7 +325,7 @@ def test_so_few_samples_are_drawn_that_there_is_no_batch(tmp_path):
     source = builder.source("train")
     plan = Plan(20, 8, drop_last=True, sampler=[1, 2, 3])
     with pytest.raises(ConfigError, match="'train' has 3 samples, less than one batch of 8"):
-        rehearse(builder.experiment, assembly, source, plan, sample_batch(source, 2, 0))
+        rehearse(builder, assembly, source, plan, sample_batch(source, 2, 0), 0)
 
 
 def measured(folder, stage, roles, name="val", **keys):
@@ -328,7 +333,7 @@ def measured(folder, stage, roles, name="val", **keys):
     source = builder.source(name)
     batch = sample_batch(source, 2, 0)
     with roles_in_force(assembly):
-        rehearse_measuring(builder.experiment, assembly, source, batch, roles)
+        rehearse_measuring(builder, assembly, source, batch, roles)
         assert assembly.roles["student"].training
 
 

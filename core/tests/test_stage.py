@@ -5,6 +5,8 @@ from torch import nn
 from distill import Batch, ConfigError
 from distill.testing import toy_experiment, toy_registry
 from distill.training.build import Builder
+from distill.training.freezing import freeze
+from distill.training.parts import Parts
 from distill.training.stage import assemble, roles_in_force
 
 CPU = torch.device("cpu")
@@ -15,6 +17,8 @@ REGRESSOR = {
     "inputs": {"input": "student.body"},
 }
 HINT = {"type": "MSELoss", "inputs": {"input": "regressor", "target": "teacher.body"}}
+OTHER_HINT = {"type": "MSELoss", "inputs": {"input": "other", "target": "teacher.body"}}
+AGAIN = {"type": "MSELoss", "inputs": {"input": "again", "target": "teacher.body"}}
 DISTIL = {"teacher": {"model": "wide"}, "auxiliary": {"regressor": REGRESSOR}}
 
 
@@ -49,7 +53,7 @@ class Assembler:
         self.experiment = toy_experiment(folder, *stages, **keys)
         self.builder = Builder(self.experiment, REGISTRY)
         self.models = {name: self.builder.model(name, seed) for name in self.experiment.models}
-        self.parts = {}
+        self.parts = Parts()
         self.seed = seed
 
     def stage(self, number=0):
@@ -64,7 +68,7 @@ def faults_of(folder, stage, **keys):
 
 
 def arguments(assembly, name):
-    (call,) = [call for call in assembly.distiller.criterion._terms if call.name == name]
+    (call,) = [call for call in assembly.distiller.criterion.calls if call.name == name]
     return {key: address.text for key, address in call.arguments.items()}
 
 
@@ -137,15 +141,11 @@ def test_what_is_wrong_with_a_term_is_told_at_its_place(tmp_path, term, path, me
 
 
 def test_all_faults_of_a_stage_are_told_at_once(tmp_path):
-    stage = {
-        "criterion": {"one": {"type": "MSELoss"}, "two": {"type": "Nonsense"}},
-        "freeze": ["student.nose"],
-    }
+    stage = {"criterion": {"one": {"type": "MSELoss"}, "two": {"type": "Nonsense"}}}
     places = {place for place, _ in faults_of(tmp_path, stage)}
     assert places == {
         "stages.stage0.criterion.one",
         "stages.stage0.criterion.two.type",
-        "stages.stage0.freeze[0]",
     }
 
 
@@ -164,12 +164,14 @@ def test_all_that_trains_is_student_auxiliary_modules_and_losses(tmp_path):
 
 def test_roles_are_in_force_for_a_while(tmp_path):
     stage = {**DISTIL, "criterion": {"hint": HINT}, "freeze": ["student.head"]}
-    assembly = Assembler(tmp_path, stage).stage()
+    stages = Assembler(tmp_path, stage)
+    assembly = stages.stage()
     student, teacher = assembly.roles["student"], assembly.roles["teacher"]
     student.body.requires_grad_(False)
     student.eval()
     teacher.train()
     with roles_in_force(assembly):
+        freeze(stages.builder, assembly)
         assert not any(p.requires_grad for p in teacher.parameters())
         assert not teacher.training
         assert not student.head.weight.requires_grad
@@ -197,19 +199,20 @@ def test_a_teacher_may_teach_in_train_mode(tmp_path):
         assert not any(p.requires_grad for p in assembly.roles["teacher"].parameters())
 
 
-def test_an_inherited_module_is_the_same_and_a_redefined_one_is_new(tmp_path):
+def test_an_inherited_or_reused_module_is_the_same_and_a_written_one_is_new(tmp_path):
     stages = Assembler(
         tmp_path,
         {**DISTIL, "criterion": {"hint": HINT}},
         {"epochs": 1},
-        {"auxiliary": {"regressor": REGRESSOR}},
+        {"auxiliary": {"other": REGRESSOR}, "criterion": {"hint": OTHER_HINT}},
+        {"auxiliary": {"again": {"reuse": "regressor"}}, "criterion": {"hint": AGAIN}},
     )
-    first, second, third = (stages.stage(number) for number in range(3))
+    first, second, third, fourth = (stages.stage(number) for number in range(4))
     assert second.auxiliary["regressor"] is first.auxiliary["regressor"]
-    assert second.terms["hint"] is third.terms["hint"] is first.terms["hint"]
-    assert third.auxiliary["regressor"] is not first.auxiliary["regressor"]
-    weights = [a.auxiliary["regressor"].weight for a in (first, third)]
-    assert not torch.equal(*weights)
+    assert second.terms["hint"] is first.terms["hint"]
+    assert third.terms["hint"] is not first.terms["hint"]
+    assert not torch.equal(third.auxiliary["other"].weight, first.auxiliary["regressor"].weight)
+    assert fourth.auxiliary["again"] is first.auxiliary["regressor"]
 
 
 def test_new_modules_start_from_weights_that_depend_on_seed_and_name_alone(tmp_path):

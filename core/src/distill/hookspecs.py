@@ -50,7 +50,31 @@ def distill_losses() -> Components:  # type: ignore[empty-body]
 def distill_auxiliary_modules() -> Components:  # type: ignore[empty-body]
     """Modules fed from a model's features and trained with the student.
 
-    ``(**params) -> nn.Module``; ``forward(<named tensors>) -> tensor or {name: tensor}``.
+    ``(**params) -> nn.Module``; ``forward(<named tensors>) -> tensor, or a list or mapping of
+    tensors``. One that finds its shapes in what it is fed has a method ``setup`` with the
+    parameters of ``forward``: it is called once, seeded, with the values of two samples, and builds
+    the layers. Losses may have one too.
+    """
+
+
+@hookspec
+def distill_special_modules() -> Components:  # type: ignore[empty-body]
+    """What is put around a model to call it in another way: ``(model, **params) -> nn.Module``.
+
+    ``forward(batch) -> the model's output``. It has no parameters besides the model's. Methods
+    ``stage_start()``, ``epoch_start(epoch)``, ``epoch_end(epoch)`` and ``stage_end()``, as far as
+    it has them, are called then; epochs count from 0. Another one is built for every evaluation,
+    where it is in eval mode.
+    """
+
+
+@hookspec
+def distill_model_redesigners() -> Components:  # type: ignore[empty-body]
+    """Other forms of a model: ``(model, **params) -> nn.Module`` sharing the parameters it keeps.
+
+    Under ``models`` it may change the model itself, for good; in a stage it must leave it as it
+    is, for evaluation and later stages. If its second parameter is called ``auxiliary``, it is
+    given the stage's auxiliary modules by name.
     """
 
 

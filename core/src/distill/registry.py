@@ -13,6 +13,8 @@ from distill.errors import PluginError, did_you_mean
 SINGULAR = {
     "losses": "loss",
     "auxiliary_modules": "auxiliary module",
+    "special_modules": "special module",
+    "model_redesigners": "model redesigner",
     "datasets": "data set",
     "dataset_wrappers": "data set wrapper",
     "transforms": "transform",

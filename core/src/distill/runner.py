@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from distill.registry import Registry
 from distill.run_directory import GIVEN, RESOLVED, open_run, resolved_text, seed_directory
 from distill.summary import measured_on, summary_table
 from distill.trained import Choice, find_stage, trained_model
+from distill.training.around import special_module
 from distill.training.build import Builder
 from distill.training.check import check as find_faults
 from distill.training.check import refusals
@@ -30,9 +31,9 @@ from distill.training.checkpoint import load_state
 from distill.training.evaluation import SKIPPED
 from distill.training.evaluation import evaluate as measure
 from distill.training.measuring import evaluating
-from distill.training.rehearsal import rehearse, rehearse_measuring
+from distill.training.prepared import prepare
+from distill.training.rehearsal import rehearse_measuring
 from distill.training.seed_run import SeedRun, Tell
-from distill.training.stage import roles_in_force
 from distill.training.trainer import train_stage
 
 
@@ -189,7 +190,11 @@ def evaluate(
         names = ", ".join(entry.name for entry in entries)
         raise UsageError(f"{names}: compared with a teacher, which is done during a run only")
     how = evaluating(run, chosen)
-    return dataset, measure(model.to(device), source[dataset], metrics, how)
+    model.to(device)
+    specials = {}
+    if chosen.student.special is not None:
+        specials = {"student": special_module(builder, chosen.student, model, [])}
+    return dataset, measure(model, source[dataset], metrics, how, specials=specials)
 
 
 def _device(experiment: Experiment) -> torch.device:
@@ -220,16 +225,13 @@ def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.
     run = SeedRun(builder, seed, device, Path(), _tell_nobody, models, dict(sources))
     experiment = builder.experiment
     for stage in experiment.stages:
-        assembly, place = run.assemble(stage), run.place(stage)
-        with roles_in_force(assembly), run.in_form(stage, assembly.roles.values()):
-            source = sources[stage.data.train]
-            batch = run.first_batch(stage, source, place)
-            rehearse(experiment, assembly, source, run.plan(stage), batch)
+        with ExitStack() as stack:
+            assembly = prepare(run, stage, stack).assembly
             measured = [(name, list(assembly.roles)) for name in stage.data.validate]
             measured += [(experiment.test.dataset, ["student"])] if experiment.test else []
             for name, roles in measured:
-                batch = run.first_measured(stage, sources[name], place)
-                rehearse_measuring(experiment, assembly, sources[name], batch, roles)
+                batch = run.first_measured(stage, sources[name], run.place(stage))
+                rehearse_measuring(builder, assembly, sources[name], batch, roles)
 
 
 def _run_seed(
@@ -248,7 +250,7 @@ def _run_seed(
     if state is not None:
         first = state["stage"]
         run.results = _results(state)
-        run.saved_parts = dict(state["parts"])
+        run.parts.resume_from(state["parts"])
         run.trained = set(state["models"])
         for name, weights in state["models"].items():
             run.models[name].load_state_dict(weights)
@@ -260,8 +262,7 @@ def _run_seed(
 
 def _models(builder: Builder, seed: int) -> dict[str, nn.Module]:
     stages = builder.experiment.stages
-    used = [t.model for s in stages for t in s.teachers.values()]
-    used += [stage.student.model for stage in stages]
+    used = [role.model for stage in stages for role in stage.roles.values()]
     return {name: builder.model(name, seed) for name in dict.fromkeys(used)}
 
 

@@ -91,8 +91,7 @@ def trained_model(
 
 
 def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
-    roles = {"student": stage.student.model}
-    roles.update({role: teacher.model for role, teacher in stage.teachers.items()})
+    roles = {role: entry.model for role, entry in stage.roles.items()}
     if name in roles:
         return roles[name]
     if name not in experiment.models:

@@ -18,6 +18,7 @@ from distill.builtin.console import Console
 from distill.builtin.cross_entropy import cross_entropy
 from distill.builtin.model_loss import ModelLoss
 from distill.builtin.per_class_accuracy import per_class_accuracy
+from distill.builtin.redesigners import empty, sequential, whole
 from distill.builtin.result_files import ResultFiles
 from distill.builtin.samplers import (
     ClassBalancedSampler,
@@ -27,6 +28,7 @@ from distill.builtin.samplers import (
     SequentialSampler,
 )
 from distill.builtin.schedulers import WarmupPolynomialLR
+from distill.builtin.special_modules import WithTargets
 from distill.builtin.subsets import RandomSplit, Subset
 from distill.builtin.tensorboard import TensorBoard
 from distill.builtin.torch_components import (
@@ -49,6 +51,18 @@ def distill_losses() -> Components:
 def distill_auxiliary_modules() -> Components:
     """torch's layers that turn one tensor into another."""
     return auxiliary_modules()
+
+
+@hookimpl
+def distill_special_modules() -> Components:
+    """Ways to call a model."""
+    return {"WithTargets": WithTargets}
+
+
+@hookimpl
+def distill_model_redesigners() -> Components:
+    """Forms of a model."""
+    return {"empty": empty, "sequential": sequential, "whole": whole}
 
 
 @hookimpl

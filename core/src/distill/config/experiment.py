@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import ConfigError, Fault, did_you_mean
-from distill.reference import Reference
+from distill.reference import STUDENT, Reference, Wires
 from distill.weight_schedule import WeightSchedule
 
 
@@ -60,29 +60,44 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Model:
-    """A model; ``checkpoint`` is a safetensors file, ``seed`` sets its initial weights apart."""
+    """A model; ``checkpoint`` is a safetensors file, ``seed`` sets its initial weights apart.
+
+    Attributes:
+        redesign: what is made of it for good, after its checkpoint is read.
+    """
 
     component: Component
     checkpoint: str | None
     seed: int
+    redesign: Component | None = None
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Role:
+    """A model in a role of a stage.
+
+    Attributes:
+        redesign: what the stage runs in its place; ``None`` for as much of it as is needed.
+        special: put around it, to call it in another way; ``None`` for a call with the inputs.
+    """
+
+    model: str
+    path: Path
+    redesign: Component | None
+    special: Component | None
+
+
+@dataclass(frozen=True)
+class Teacher(Role):
     """A model in the teacher's role."""
 
-    model: str
     mode: Literal["eval", "train"]
     min_accuracy: float | None
-    path: Path
 
 
 @dataclass(frozen=True)
-class Student:
+class Student(Role):
     """A model in the student's role."""
-
-    model: str
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -90,19 +105,43 @@ class Wired:
     """A module whose ``forward`` is fed from references by the names of its parameters."""
 
     component: Component
-    inputs: Mapping[str, Reference]
+    inputs: Mapping[str, Wires]
 
 
 @dataclass(frozen=True)
 class Auxiliary(Wired):
-    """A module that is trained with the student."""
+    """A module that is fed from models' features, and trained with the student.
+
+    Attributes:
+        module: a model's own module to call again instead of a new one, as ``teacher.fc``.
+        origin: stage that made it, and the name it has there.
+        frozen: whether it stays as it is, and in eval mode.
+    """
+
+    module: Reference | None
+    origin: tuple[str, str]
+    frozen: bool
 
 
 @dataclass(frozen=True)
 class Term(Wired):
-    """A loss with its weight in the total."""
+    """A loss with its weight in the total.
+
+    Attributes:
+        adapter: whether student's features are brought to the shape of the teacher's.
+    """
 
     weight: float | WeightSchedule
+    adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Parameters that stay as they are; with ``statistics``, running statistics of theirs too."""
+
+    match: str
+    statistics: bool
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -227,7 +266,7 @@ class Stage:
     teachers: Mapping[str, Teacher]
     student: Student
     auxiliary: Mapping[str, Auxiliary]
-    freeze: tuple[str, ...]
+    freeze: tuple[Freeze, ...]
     criterion: Mapping[str, Term]
     optimizer: Optimizer
     schedulers: tuple[Scheduler, ...]
@@ -244,6 +283,11 @@ class Stage:
     keep: Literal["last", "best", "ema"]
     origins: Mapping[str, str] = field(default_factory=dict)
     places: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """The models of the stage by role, the student first."""
+        return {STUDENT: self.student, **self.teachers}
 
     @property
     def decisive(self) -> str | None:

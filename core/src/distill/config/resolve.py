@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from distill import reference
+from distill.config.auxiliaries import Auxiliaries, auxiliaries, is_written
 from distill.config.experiment import (
-    Auxiliary,
     Clip,
     Dataset,
     Evaluate,
@@ -30,17 +29,27 @@ from distill.config.inheritance import (
     StageDraft,
     inherit,
 )
-from distill.config.resolver import Resolver, component, components, is_gap, optional_component
+from distill.config.resolver import (
+    Resolver,
+    component,
+    components,
+    inputs,
+    is_gap,
+    optional_component,
+)
 from distill.config.stage_settings import (
+    around,
     check_settings,
     data,
     ema,
+    freeze,
     metrics,
     optimizer,
     schedulers,
 )
 from distill.config.yaml_document import Document, Path
 from distill.errors import Fault, did_you_mean
+from distill.reference import each_reference
 from distill.weight_schedule import WeightSchedule
 
 DEFAULT_OBSERVERS = ["Console", "TensorBoard", "ResultFiles"]
@@ -71,7 +80,7 @@ def resolve(
     for draft in drafts:
         _fill_in(resolver, draft)
     _check_stages(resolver)
-    stages = tuple(_stage(resolver, draft) for draft in drafts)
+    stages = _stages(resolver, drafts)
     test = _test(resolver, filled["test"])
     seeds = _seeds(resolver)
     experiment = Experiment(
@@ -131,10 +140,22 @@ def _check_stages(resolver: Resolver) -> None:
             resolver.fault((*path, "teachers"), "give either 'teacher' or 'teachers', not both")
 
 
-def _stage(resolver: Resolver, draft: StageDraft) -> Stage:
+def _stages(resolver: Resolver, drafts: Iterable[StageDraft]) -> tuple[Stage, ...]:
+    stages: list[Stage] = []
+    written: dict[str, Auxiliaries] = {}
+    for draft in drafts:
+        modules = auxiliaries(resolver, draft, written)
+        if is_written(draft):
+            written[draft.name] = modules
+        stages.append(_stage(resolver, draft, modules))
+    return tuple(stages)
+
+
+def _stage(resolver: Resolver, draft: StageDraft, modules: Auxiliaries) -> Stage:
     values, places = draft.values, draft.places
     teachers = _teachers(resolver, draft)
-    student = Student(values["student"]["model"], places["student"])
+    place = places["student"]
+    student = Student(values["student"]["model"], place, **around(values["student"], place))
     resolver.known((*places["student"], "model"), "model", student.model, "models")
     _check_roles(resolver, draft, teachers, student)
     stage = Stage(
@@ -144,8 +165,8 @@ def _stage(resolver: Resolver, draft: StageDraft) -> Stage:
         data=data(resolver, draft),
         teachers=teachers,
         student=student,
-        auxiliary=_auxiliary(resolver, draft),
-        freeze=tuple(values["freeze"]),
+        auxiliary=modules,
+        freeze=freeze(draft),
         criterion=_criterion(resolver, draft),
         optimizer=optimizer(draft),
         schedulers=schedulers(resolver, draft),
@@ -174,7 +195,11 @@ def _teachers(resolver: Resolver, draft: StageDraft) -> dict[str, Teacher]:
     for role, given in draft.values["teachers"].items():
         path = draft.places.get(f"teachers.{role}", (*base, role))
         teachers[role] = Teacher(
-            given["model"], given.get("mode", "eval"), given.get("min_accuracy"), path
+            given["model"],
+            path,
+            **around(given, path),
+            mode=given.get("mode", "eval"),
+            min_accuracy=given.get("min_accuracy"),
         )
         resolver.known((*path, "model"), "model", given["model"], "models")
         unmeasured = draft.values["data"].get("validate") is None
@@ -201,32 +226,14 @@ def _check_roles(
             resolver.fault(path, f"'{name}' already names another value of this stage")
 
 
-def _auxiliary(resolver: Resolver, draft: StageDraft) -> dict[str, Auxiliary]:
-    """Build the auxiliary modules in an order in which each one's inputs exist."""
-    base = draft.places.get("auxiliary", ())
-    modules = {
-        name: Auxiliary(component(given, (*base, name)), _inputs(resolver, given, (*base, name)))
-        for name, given in draft.values["auxiliary"].items()
-    }
-    needs = {
-        name: {r.owner for r in module.inputs.values() if r.owner in modules}
-        for name, module in modules.items()
-    }
-    try:
-        return {name: modules[name] for name in TopologicalSorter(needs).static_order()}
-    except CycleError as error:
-        circle = " -> ".join(reversed(error.args[1]))
-        resolver.fault(base, f"these modules feed each other in a circle: {circle}")
-        return modules
-
-
 def _criterion(resolver: Resolver, draft: StageDraft) -> dict[str, Term]:
     base = draft.places["criterion"]
     return {
         name: Term(
             component(given, (*base, name)),
-            _inputs(resolver, given, (*base, name)),
+            inputs(resolver, given, (*base, name)),
             _weight(given.get("weight", 1.0)),
+            given.get("adapter") == "auto",
         )
         for name, given in draft.values["criterion"].items()
     }
@@ -236,26 +243,16 @@ def _weight(given: float | Mapping[str, Any]) -> float | WeightSchedule:
     return WeightSchedule(**given) if isinstance(given, Mapping) else float(given)
 
 
-def _inputs(
-    resolver: Resolver, given: Mapping[str, Any], path: Path
-) -> dict[str, reference.Reference]:
-    parsed = {
-        key: resolver.reference((*path, "inputs", key), text)
-        for key, text in given.get("inputs", {}).items()
-    }
-    return {key: value for key, value in parsed.items() if value is not None}
-
-
 def _check_owners(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
     """Fault references to models and modules that this stage does not have."""
     owners = list(dict.fromkeys([*reference.RESERVED, *stage.teachers, *stage.auxiliary]))
     parts: list[Wired] = [*stage.auxiliary.values(), *stage.criterion.values()]
     for part in parts:
-        for key, ref in part.inputs.items():
+        for key, ref in each_reference(part.inputs):
             if ref.owner not in owners and not _is_lost(resolver, draft, ref.owner):
                 hint = did_you_mean(ref.owner, owners) or f" (there are: {', '.join(owners)})"
                 where = f"stage '{draft.name}' has no '{ref.owner}'"
-                resolver.fault((*part.component.path, "inputs", key), where + hint)
+                resolver.fault((*part.component.path, "inputs", *key), where + hint)
 
 
 def _is_lost(resolver: Resolver, draft: StageDraft, owner: str) -> bool:
@@ -301,4 +298,5 @@ def _dataset(given: Mapping[str, Any], path: Path) -> Dataset:
 
 
 def _model(given: Mapping[str, Any], path: Path) -> Model:
-    return Model(component(given, path), given.get("checkpoint"), given.get("seed", 0))
+    redesign = optional_component(given.get("redesign"), (*path, "redesign"))
+    return Model(component(given, path), given.get("checkpoint"), given.get("seed", 0), redesign)

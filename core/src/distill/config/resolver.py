@@ -54,6 +54,24 @@ class Resolver:
             return None
 
 
+def inputs(resolver: Resolver, given: Mapping[str, Any], path: Path) -> dict[str, reference.Wires]:
+    """Read where a module's arguments come from."""
+    read: dict[str, reference.Wires] = {}
+    for key, wires in given.get("inputs", {}).items():
+        place = (*path, "inputs", key)
+        if isinstance(wires, str):
+            one = resolver.reference(place, wires)
+            if one is not None:
+                read[key] = one
+            continue
+        several = [resolver.reference((*place, n), text) for n, text in enumerate(wires)]
+        if all(several):
+            read[key] = tuple(ref for ref in several if ref is not None)
+        else:
+            resolver.gaps = Gaps(resolver.gaps.paths | {place})
+    return read
+
+
 def is_gap(resolver: Resolver, draft: StageDraft, key: str) -> bool:
     """Whether the stage, or one it inherits from, would have ``key`` but for a fault."""
     *around, last = key.split(".")

@@ -54,27 +54,32 @@ NAMES: Schema = {"type": "array", "items": TEXT}
 UNIT: Schema = {"enum": ["epochs", "steps"]}
 FROM_ZERO: Schema = {"type": "integer", "minimum": 0}
 POSITIVE: Schema = {"type": "number", "exclusiveMinimum": 0}
-WIRING: Schema = {"type": "object", "additionalProperties": TEXT}
+WIRE: Schema = {"type": ["string", "array"], "minLength": 1, "items": TEXT, "minItems": 1}
+WIRING: Schema = {"type": "object", "additionalProperties": WIRE}
+COMPONENT_OR_NONE: Schema = {**COMPONENT, "type": ["object", "string", "null"]}
+ROLE: Schema = {"model": NAMED, "redesign": COMPONENT_OR_NAME, "special": COMPONENT_OR_NONE}
 DATASET = _mapping(
     {
         **_PARTS,
         "wrappers": COMPONENTS,
         "joint_transforms": COMPONENTS,
         "transforms": COMPONENTS,
-        "collate": {**COMPONENT, "type": ["object", "string", "null"]},
+        "collate": COMPONENT_OR_NONE,
     },
     "type",
 )
-MODEL = _mapping({**_PARTS, "checkpoint": TEXT, "seed": SEED}, "type")
+MODEL = _mapping(
+    {**_PARTS, "checkpoint": TEXT, "seed": SEED, "redesign": COMPONENT_OR_NAME}, "type"
+)
 TEACHER = _mapping(
     {
-        "model": NAMED,
+        **ROLE,
         "mode": {"enum": ["eval", "train"]},
         "min_accuracy": {"type": "number", "minimum": 0, "maximum": 1},
     },
     "model",
 )
-AUXILIARY = _mapping({**_PARTS, "inputs": WIRING}, "type")
+AUXILIARY = _mapping({**_PARTS, "module": TEXT, "reuse": NAMED, "frozen": FLAG, "inputs": WIRING})
 WEIGHT: Schema = {
     **_mapping(
         {
@@ -89,7 +94,14 @@ WEIGHT: Schema = {
     ),
     "type": ["number", "object"],
 }
-TERM = _mapping({**_PARTS, "inputs": WIRING, "weight": WEIGHT}, "type")
+TERM = _mapping(
+    {**_PARTS, "inputs": WIRING, "adapter": {"enum": ["auto", None]}, "weight": WEIGHT}, "type"
+)
+FREEZE: Schema = {
+    **_mapping({"match": {**NAMES, "minItems": 1}, "statistics": FLAG}, "match"),
+    "type": ["string", "object"],
+    "minLength": 1,
+}
 DATA = _mapping(
     {
         "train": NAMED,
@@ -102,8 +114,8 @@ DATA = _mapping(
         "batch_size": COUNT,
         "accumulate": COUNT,
         "drop_last": FLAG,
-        "sampler": {**COMPONENT, "type": ["object", "string", "null"]},
-        "batch_sampler": {**COMPONENT, "type": ["object", "string", "null"]},
+        "sampler": COMPONENT_OR_NONE,
+        "batch_sampler": COMPONENT_OR_NONE,
         "batch_transforms": COMPONENTS,
         "workers": FROM_ZERO,
         "prefetch": COUNT,
@@ -129,9 +141,9 @@ STAGE = _mapping(
         "data": DATA,
         "teacher": _or_null(TEACHER),
         "teachers": _or_null(_named(TEACHER)),
-        "student": _mapping({"model": NAMED}, "model"),
+        "student": _mapping(ROLE, "model"),
         "auxiliary": _or_null(_named(AUXILIARY)),
-        "freeze": {"type": ["array", "null"], "items": TEXT},
+        "freeze": {"type": ["array", "null"], "items": FREEZE},
         "criterion": _named(TERM, minProperties=1),
         "optimizer": OPTIMIZER,
         "scheduler": {**SCHEDULER, "type": ["object", "array", "null"], "items": SCHEDULER},

@@ -9,7 +9,9 @@ from typing import Any
 from distill import reference
 from distill.config.experiment import (
     EMA,
+    Component,
     Data,
+    Freeze,
     Group,
     Metric,
     Optimizer,
@@ -45,6 +47,35 @@ def data(resolver: Resolver, draft: StageDraft) -> Data:
     mixing = draft.places.get("data.batch_transforms", (*base, "batch_transforms"))
     parts["batch_transforms"] = components(values["batch_transforms"], mixing)
     return Data(**{**values, **parts, "validate": validate}, path=base)
+
+
+NEEDED = "needed"
+"""The word for the default: as much of a model is run as references ask for."""
+
+
+def around(given: Mapping[str, Any], path: Path) -> dict[str, Component | None]:
+    """Read what is made of a model in its role, and what is put around it."""
+    redesign = optional_component(given.get("redesign"), (*path, "redesign"))
+    if redesign is not None and redesign.type == NEEDED:
+        redesign = None
+    special = optional_component(given.get("special"), (*path, "special"))
+    return {"redesign": redesign, "special": special}
+
+
+def freeze(draft: StageDraft) -> tuple[Freeze, ...]:
+    """Read what stays as it is."""
+    entries: list[Freeze] = []
+    for number, given in enumerate(draft.values["freeze"]):
+        place = (*draft.places["freeze"], number)
+        if isinstance(given, str):
+            entries.append(Freeze(given, False, place))
+            continue
+        statistics = given.get("statistics", False)
+        places = [(*place, "match", n) for n in range(len(given["match"]))]
+        entries += [
+            Freeze(match, statistics, at) for match, at in zip(given["match"], places, strict=True)
+        ]
+    return tuple(entries)
 
 
 def optimizer(draft: StageDraft) -> Optimizer:

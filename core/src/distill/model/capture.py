@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from distill.data.batch import map_tensors
 from distill.errors import DistillError, did_you_mean
 
-INPUT = ":input"
+_PATH = re.compile(r"(?P<module>[^@:]*)(?:@(?P<call>-?\d+))?(?P<input>:input)?")
 
 
 class CaptureError(DistillError):
@@ -24,11 +27,28 @@ class CaptureError(DistillError):
         super().__init__(f"'{path}' {message}")
 
 
+class Complete(BaseException):
+    """Everything to be recorded is: what the model would do next is not needed.
+
+    No ``Exception``, so that a model that catches those lets it pass.
+    """
+
+
+@dataclass
+class _Tap:
+    """One place to record at: a module, which of its calls, and which side of it."""
+
+    path: str
+    module: nn.Module
+    call: int | None
+    of_input: bool
+
+
 class Capture:
     """Records what named submodules take and give during a forward.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
-    >>> with Capture(model, ["0", "1:input"]) as capture:
+    >>> with Capture(model, ["0", "-1:input"]) as capture:
     ...     output = model(torch.ones(2, 4))
     ...     features = capture.pop()
     >>> features["0"].shape
@@ -40,8 +60,10 @@ class Capture:
 
     Args:
         model: any module.
-        paths: submodule paths (``layer1.0``), for inputs with ``:input``; an input is the
-            submodule's first argument. An empty path means the model itself.
+        paths: submodule paths (``layer1.0``, or ``layer1.-1`` for the last of a row), for inputs
+            with ``:input``; an input is the submodule's first argument. An empty path means the
+            model itself. For a submodule that runs several times in a forward ``@n`` says which
+            time is meant, from 0, or from the last as ``@-1``: ``layer1.0.relu@1:input``.
         clone: paths to copy, or ``True`` for all; costs their memory once more.
 
     Attributes:
@@ -57,21 +79,25 @@ class Capture:
         self.paths = tuple(dict.fromkeys(paths))
         self.cloned = set(self.paths if clone is True else clone or ())
         self.enabled = True
+        self._stops = False
         self._values: dict[str, Any] = {}
         self._versions: dict[str, list[int]] = {}
-        modules = {path: find_module(model, path.removesuffix(INPUT)) for path in self.paths}
+        self._runs: dict[str, int] = {}
+        self._latest: dict[str, deque[tuple[Any, list[int]]]] = {}
+        self._taps = [_tap(model, path) for path in self.paths]
         self._inplace = _switch_off_inplace(model) if self.paths else []
-        self._handles = [self._hook(path, module) for path, module in modules.items()]
+        self._handles = [self._hook(tap) for tap in self._taps]
 
     def pop(self) -> dict[str, Any]:
         """Return path -> value of the last forward, and forget them.
 
         Raises:
-            CaptureError: if a submodule did not run, or its value has been overwritten since.
+            CaptureError: if a submodule did not run, ran several times without it being said which
+                time is meant, or its value has been overwritten since.
         """
-        overwritten = self.overwritten()
         try:
             self.check_complete()
+            overwritten = self.overwritten()
             if overwritten:
                 raise CaptureError(
                     overwritten[0],
@@ -82,10 +108,32 @@ class Capture:
             self.clear()
 
     def check_complete(self) -> None:
-        """Raise ``CaptureError`` if a submodule has not run in the last forward."""
-        for path in self.paths:
-            if path not in self._values:
-                raise CaptureError(path, "did not run in the model's forward")
+        """Raise ``CaptureError`` if something is not there after a forward, or there twice."""
+        for tap in self._taps:
+            runs = self._runs.get(tap.path, 0)
+            if runs == 0:
+                raise CaptureError(tap.path, "did not run in the model's forward")
+            if tap.call is None and runs > 1:
+                place = tap.path.partition(":")[0]
+                raise CaptureError(
+                    tap.path,
+                    f"ran {runs} times since it was last popped; say which time is meant: "
+                    f"'{place}@0' is the first and '{place}@-1' the last of a forward",
+                )
+            if tap.path not in self._values:
+                times = "once" if runs == 1 else f"{runs} times"
+                raise CaptureError(tap.path, f"is not there: it ran {times}, the first being @0")
+
+    def stop_early(self) -> None:
+        """From the next forward on raise ``Complete`` as soon as everything is recorded.
+
+        To be called after a whole forward, which tells which call is the last.
+        """
+        self.check_complete()
+        for tap in self._taps:
+            if tap.call is not None and tap.call < 0:
+                tap.call += self._runs[tap.path]
+        self._stops = True
 
     def overwritten(self) -> list[str]:
         """Return the paths whose recorded value has been changed in place since."""
@@ -95,7 +143,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self._values, self._versions = {}, {}
+        self._values, self._versions, self._runs, self._latest = {}, {}, {}, {}
 
     def remove(self) -> None:
         """Take the hooks off the model and give back its in-place activations."""
@@ -117,36 +165,49 @@ class Capture:
     ) -> None:
         self.remove()
 
-    def _hook(self, path: str, module: nn.Module) -> RemovableHandle:
-        if path.endswith(INPUT):
+    def _hook(self, tap: _Tap) -> RemovableHandle:
+        if tap.of_input:
 
             def before(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
                 given = [*args, *named.values()]
                 if self.enabled and not given:
-                    raise CaptureError(path, "is not there: the module is called without arguments")
-                self._record(path, given[0] if given else None)
+                    message = "is not there: the module is called without arguments"
+                    raise CaptureError(tap.path, message)
+                self._record(tap, given[0] if given else None)
 
-            return module.register_forward_pre_hook(before, with_kwargs=True)
+            return tap.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._record(path, output)
+            self._record(tap, output)
 
-        return module.register_forward_hook(after)
+        return tap.module.register_forward_hook(after)
 
-    def _record(self, path: str, value: Any) -> None:
+    def _record(self, tap: _Tap, value: Any) -> None:
         if not self.enabled:
             return
-        if path in self._values:
-            self.clear()
-            raise CaptureError(
-                path,
-                "ran again before it was popped; if it runs more than once in a forward, capture a "
-                "module around it",
-            )
-        if path in self.cloned:
+        runs = self._runs[tap.path] = self._runs.get(tap.path, 0) + 1
+        if tap.call is not None and 0 <= tap.call != runs - 1:
+            return
+        if tap.path in self.cloned:
             value = map_tensors(torch.Tensor.clone, value)
-        self._values[path] = value
-        self._versions[path] = _versions(value)
+        seen = (value, _versions(value))
+        if tap.call is not None and tap.call < -1:
+            latest = self._latest.setdefault(tap.path, deque(maxlen=-tap.call))
+            latest.append(seen)
+            if runs < -tap.call:
+                return
+            seen = latest[0]
+        self._values[tap.path], self._versions[tap.path] = seen
+        if self._stops and len(self._values) == len(self._taps):
+            raise Complete
+
+
+def _tap(model: nn.Module, path: str) -> _Tap:
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise DistillError(f"'{path}' is no path; write e.g. layer1.0, layer1.0.relu@1:input")
+    call = None if match["call"] is None else int(match["call"])
+    return _Tap(path, find_module(model, match["module"]), call, match["input"] is not None)
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
@@ -155,24 +216,35 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     Raises:
         DistillError: if there is none; the message gives the nearest.
     """
-    module = model
-    for segment in path.split(".") if path else ():
-        children = dict(module.named_children())
-        if segment not in children:
-            raise DistillError(unknown_module(model, path))
-        module = children[segment]
-    return module
+    found, rest = split_path(model, path)
+    if rest:
+        raise DistillError(unknown_module(model, path))
+    return model.get_submodule(found)
 
 
 def split_path(model: nn.Module, path: str) -> tuple[str, str]:
-    """Part a reference's path into the submodule it begins with and the output key behind it."""
-    module, segments, known = model, path.split(".") if path else [], 0
-    for segment in segments:
-        children = dict(module.named_children())
-        if segment not in children:
-            break
-        module, known = children[segment], known + 1
-    return ".".join(segments[:known]), ".".join(segments[known:])
+    """Part a reference's path into the submodule it begins with and the output key behind it.
+
+    In the submodule's path, negative numbers are replaced by names.
+    """
+    module, segments = model, path.split(".") if path else []
+    names: list[str] = []
+    for number, segment in enumerate(segments):
+        name = _child_name(module, segment)
+        if name is None:
+            return ".".join(names), ".".join(segments[number:])
+        module = module.get_submodule(name)
+        names.append(name)
+    return ".".join(names), ""
+
+
+def _child_name(module: nn.Module, segment: str) -> str | None:
+    """Return the name of the child a segment means, counted from the last if it is negative."""
+    names = [name for name, _ in module.named_children()]
+    if segment in names:
+        return segment
+    is_negative = segment.startswith("-") and segment[1:].isdigit()
+    return names[int(segment)] if is_negative and 0 < -int(segment) <= len(names) else None
 
 
 def unknown_module(model: nn.Module, path: str) -> str:

@@ -21,6 +21,7 @@ class Criterion(nn.Module):
         weights: name -> factor in the total, or its schedule.
 
     Attributes:
+        calls: the terms.
         weights: name -> the factor now.
         is_scheduled: whether some weight changes over the stage.
     """
@@ -28,7 +29,7 @@ class Criterion(nn.Module):
     def __init__(self, terms: Sequence[Call], weights: Mapping[str, float | WeightSchedule]):
         super().__init__()
         self.modules_of_terms = nn.ModuleList(term.module for term in terms)
-        self._terms = tuple(terms)
+        self.calls = tuple(terms)
         self._schedules = {n: w for n, w in weights.items() if isinstance(w, WeightSchedule)}
         self.weights = {n: w for n, w in weights.items() if not isinstance(w, WeightSchedule)}
         self.is_scheduled = bool(self._schedules)
@@ -47,12 +48,12 @@ class Criterion(nn.Module):
 
     def terms(self, values: Values) -> dict[str, torch.Tensor]:
         """Return each term under its name, unweighted."""
-        return {term.name: term(values) for term in self._terms}
+        return {term.name: term(values) for term in self.calls}
 
     def total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted sum of the terms."""
         total: torch.Tensor | None = None
-        for term in self._terms:
+        for term in self.calls:
             weight = self.weights[term.name]
             weighted = losses[term.name] if weight == 1.0 else losses[term.name] * weight
             total = weighted if total is None else total + weighted

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from distill.data.batch import Batch
-from distill.model.capture import Capture
+from distill.model.capture import Capture, Complete
 from distill.model.criterion import Criterion
 from distill.model.wiring import Call, Values, to_float32
+from distill.reference import STUDENT
+
+Extent = Literal["whole", "part", "nothing"]
+"""How much of a model a step runs: up to its output, up to the last captured value, or not at all.
+"""
 
 
 class Distiller(nn.Module):
     """Runs teachers and student on a batch, feeds auxiliary modules, and computes the criterion.
 
     Teachers run without gradients, in the mode they were put in; ``train()`` and ``eval()`` on the
-    distiller do not reach them. Losses see float32 values whatever the models run in.
+    distiller do not reach them. Losses see float32 values whatever the models run in. A model whose
+    output nothing asks for is stopped behind the last value that is asked of it, once ``cut`` has
+    been called; one of which nothing is asked does not run.
 
     Args:
         student: the model to train.
         teachers: role -> frozen model.
-        auxiliary: calls in an order in which each one's arguments exist.
+        auxiliary: calls in an order in which each one's arguments exist. Modules that are parts of
+            a model, such as a teacher's head, keep the mode of that model.
         criterion: the weighted terms.
         captures: role -> submodule paths whose values references ask for.
+        parameters: name of a value -> the module and the name of its parameter or buffer.
+        specials: role -> the module around the model, called with the batch in its place.
+        whole: roles to be run in whole whatever is asked of them.
         autocast: device type and reduced precision for models and auxiliary modules, or ``None``.
 
     Attributes:
         captures: the recording of each model from which something is captured, by role.
+        extents: how much of each model a step runs, by role.
     """
 
     def __init__(
@@ -39,26 +51,37 @@ class Distiller(nn.Module):
         auxiliary: Sequence[Call],
         criterion: Criterion,
         captures: Mapping[str, Sequence[str]] | None = None,
+        parameters: Mapping[str, tuple[nn.Module, str]] | None = None,
+        specials: Mapping[str, nn.Module] | None = None,
+        whole: Iterable[str] = (),
         autocast: tuple[str, torch.dtype] | None = None,
     ):
         super().__init__()
-        captures = captures or {}
         self.student = student
         self.teachers = nn.ModuleList(teachers.values())
-        self.auxiliary = nn.ModuleList(call.module for call in auxiliary)
-        self.criterion = criterion
-        self._models = {"student": student, **teachers}  # a plain dict: registered above already
+        # Plain dicts and tuples: what is in them is registered already, or belongs to a model.
+        self._models = {STUDENT: student, **teachers}
         self._teachers = tuple(teachers)
+        of_models = {module for model in self._models.values() for module in model.modules()}
+        own = [call.module for call in auxiliary if call.module not in of_models]
+        self.auxiliary = nn.ModuleList(own)
+        self.criterion = criterion
         self.captures = {
-            role: Capture(self._models[role], paths) for role, paths in captures.items() if paths
+            role: Capture(self._models[role], paths)
+            for role, paths in (captures or {}).items()
+            if paths
         }
         for capture in self.captures.values():
             capture.enabled = False
         self._calls = tuple(auxiliary)
+        self._shown = dict(parameters or {})
+        self._specials = dict(specials or {})
+        self._held: tuple[nn.Module, ...] = ()
         self._autocast = autocast
         self._is_reduced = autocast is not None or any(
             parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters()
         )
+        self.extents = {role: self._extent(role, whole) for role in self._models}
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the unweighted scalar of each term by name, and ``total``."""
@@ -67,13 +90,87 @@ class Distiller(nn.Module):
 
     def values(self, batch: Batch) -> Values:
         """Return what batch, models and auxiliary modules give, by name, in float32 for losses."""
+
+        def values() -> Values:
+            of_models = self._of_models(batch)
+            for call in self._calls:
+                of_models[call.name] = call(of_models)
+            return of_models
+
+        return self._in_precision(values)
+
+    def values_of_models(self, batch: Batch) -> Values:
+        """Return what there is before auxiliary modules: what batch and models give, by name."""
+        return self._in_precision(lambda: self._of_models(batch))
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Set the mode of student, auxiliary modules and losses; teachers keep theirs."""
+        self.training = mode
+        around = [self._specials[STUDENT]] if STUDENT in self._specials else []
+        for part in (self.student, *around, self.auxiliary, self.criterion):
+            part.train(mode)
+        for module in self._held:
+            module.training = False
+        return self
+
+    def hold(self, modules: Iterable[nn.Module]) -> None:
+        """Keep modules in eval mode while others train."""
+        self._held = tuple(modules)
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return the student and the teachers by role."""
+        return dict(self._models)
+
+    def calls(self) -> list[Call]:
+        """Return the calls of auxiliary modules and of losses, in order."""
+        return [*self._calls, *self.criterion.calls]
+
+    def cut(self) -> None:
+        """Leave out from now on what nothing asks for; to be called after a whole forward."""
+        for role, extent in self.extents.items():
+            if extent == "part":
+                self.captures[role].stop_early()
+
+    def release(self) -> None:
+        """Take all hooks off the models."""
+        for capture in self.captures.values():
+            capture.remove()
+
+    def run_model(self, role: str, batch: Batch, *, recorded: bool = True) -> Any:
+        """Call one model; ``None`` if it stops before its output.
+
+        At other times forwards of the model pass its capture unrecorded, as they do here where
+        that is not wished for.
+        """
+        capture = self.captures.get(role)
+        if capture is None or not recorded:
+            return self._call(role, batch)
+        capture.clear()  # what a step that failed may have left
+        capture.enabled = True
+        try:
+            return self._call(role, batch)
+        except Complete:
+            return None
+        finally:
+            capture.enabled = False
+
+    def _call(self, role: str, batch: Batch) -> Any:
+        return call_model(self._models[role], self._specials.get(role), batch)
+
+    def _extent(self, role: str, whole: Iterable[str]) -> Extent:
+        asked = {address.value for call in self.calls() for address in call.addresses()}
+        if role in whole or role in asked:
+            return "whole"
+        return "part" if role in self.captures else "nothing"
+
+    def _in_precision(self, function: Callable[[], Values]) -> Values:
         if not self._is_reduced:
-            return self._values(batch)
+            return function()
         device_type, dtype = self._autocast or ("cpu", None)
         with torch.autocast(device_type, dtype, enabled=self._autocast is not None):
-            return to_float32(self._values(batch))  # type: ignore[no-any-return]
+            return to_float32(function())  # type: ignore[no-any-return]
 
-    def _values(self, batch: Batch) -> Values:
+    def _of_models(self, batch: Batch) -> Values:
         values: Values = {
             "inputs": batch.inputs,
             "targets": batch.targets,
@@ -83,46 +180,28 @@ class Distiller(nn.Module):
         with torch.no_grad():
             for role in self._teachers:
                 self._run(values, role, batch)
-        self._run(values, "student", batch)
-        for call in self._calls:
-            values[call.name] = call(values)
+        self._run(values, STUDENT, batch)
+        for name, (module, attribute) in self._shown.items():
+            values[name] = getattr(module, attribute)
         return values
 
-    def train(self, mode: bool = True) -> Distiller:
-        """Set the mode of student, auxiliary modules and losses; teachers keep theirs."""
-        self.training = mode
-        for part in (self.student, self.auxiliary, self.criterion):
-            part.train(mode)
-        return self
-
-    def models(self) -> dict[str, nn.Module]:
-        """Return the student and the teachers by role."""
-        return dict(self._models)
-
-    def release(self) -> None:
-        """Take all hooks off the models."""
-        for capture in self.captures.values():
-            capture.remove()
-
-    def run_model(self, role: str, inputs: Any) -> Any:
-        """Call one model with its capture recording, which at other times lets forwards pass."""
-        capture = self.captures.get(role)
-        if capture is None:
-            return self._models[role](inputs)
-        capture.clear()  # what a step that failed may have left
-        capture.enabled = True
-        try:
-            return self._models[role](inputs)
-        finally:
-            capture.enabled = False
-
     def _run(self, values: Values, role: str, batch: Batch) -> None:
-        values[role] = self.run_model(role, batch.inputs)
+        extent = self.extents[role]
+        if extent == "nothing":
+            return
+        output = self.run_model(role, batch)
+        if extent == "whole":
+            values[role] = output
         if role in self.captures:
             for path, value in self.captures[role].pop().items():
                 values[value_name(role, path)] = value
 
 
+def call_model(model: nn.Module, special: nn.Module | None, batch: Batch) -> Any:
+    """Call a model on a batch, by the special module around it if there is one."""
+    return model(batch.inputs) if special is None else special(batch)
+
+
 def value_name(role: str, path: str) -> str:
     """Return the name of a captured value: ``student.layer2``, ``teacher:input``."""
-    return f"{role}{'' if not path or path.startswith(':') else '.'}{path}"
+    return f"{role}{'' if not path or path[0] in '@:' else '.'}{path}"

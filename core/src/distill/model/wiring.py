@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,17 @@ class Address:
         raise DistillError(f"'{self.text}': '{self.value}' has no part '{key}'{hint}")
 
 
+Source = Address | tuple[Address, ...]
+"""Where one argument comes from; several addresses make a list of values."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One auxiliary module or loss and the addresses of what its ``forward`` takes."""
 
     name: str
     module: nn.Module
-    arguments: Mapping[str, Address]
+    arguments: Mapping[str, Source]
 
     def __call__(self, values: Values) -> Any:
         """Return what the module gives for its arguments.
@@ -62,30 +66,70 @@ class Call:
         Raises:
             CallError: if an argument is not there or the module fails.
         """
+        return self.run(self.module, values)
+
+    def set_up(self, values: Values) -> None:
+        """Let a module that finds its shapes in what it is fed build its layers.
+
+        Raises:
+            CallError: as a call.
+        """
+        self.run(self.module.setup, values)  # type: ignore[arg-type]
+
+    def addresses(self) -> Iterator[Address]:
+        """Yield where the arguments are found."""
+        for source in self.arguments.values():
+            yield from (source,) if isinstance(source, Address) else source
+
+    def run(self, function: Callable[..., Any], values: Values) -> Any:
+        """Call the module, or a method of it, with its arguments."""
         try:
-            arguments = {name: address.read(values) for name, address in self.arguments.items()}
+            arguments = {name: _read(source, values) for name, source in self.arguments.items()}
         except DistillError as error:
             raise CallError(self.module, str(error)) from error
         try:
-            return self.module(**arguments)
+            return function(**arguments)
         except (torch.OutOfMemoryError, DistillError):
             raise
         except Exception as error:  # the module is foreign code
-            raise CallError(self.module, self._failure(arguments, error)) from error
+            shapes = {tensor.shape for tensor in _tensors(arguments.values())}
+            message = self._failure(arguments, error)
+            raise CallError(self.module, message, shapes_differ=len(shapes) > 1) from error
 
     def _failure(self, arguments: Mapping[str, Any], error: Exception) -> str:
         given = ", ".join(
-            f"{name}={self.arguments[name].text} {describe(value)}"
+            f"{name}={_text(self.arguments[name])} {describe(value)}"
             for name, value in arguments.items()
         )
         return f"{type(self.module).__name__} failed on {given}: {first_line(error)}"
 
 
+def _read(source: Source, values: Values) -> Any:
+    if isinstance(source, Address):
+        return source.read(values)
+    return [address.read(values) for address in source]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _text(source: Source) -> str:
+    if isinstance(source, Address):
+        return source.text
+    return f"[{', '.join(address.text for address in source)}]"
+
+
 class CallError(DistillError):
     """An auxiliary module or loss, ``module``, failed on what it was given."""
 
-    def __init__(self, module: nn.Module, message: str):
+    def __init__(self, module: nn.Module, message: str, *, shapes_differ: bool = False):
         self.module = module
+        self.shapes_differ = shapes_differ
         super().__init__(message)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,40 @@ class Builder:
         """Build a model: its initial weights depend on the seeds alone, then its checkpoint."""
         spec = self.experiment.models[name]
         with randomness.seeded(seed, "model", spec.seed):
-            model = self.component("models", spec.component)
-        if not isinstance(model, nn.Module):
-            raise self.experiment.error(
-                spec.component.path, f"{spec.component.type} gave {type(model).__name__}, no module"
-            )
+            model = self.module("models", spec.component)
         if spec.checkpoint is not None and not _on_meta():
             path = (*spec.component.path, "checkpoint")
             try:
                 load_weights(model, Path(spec.checkpoint))
             except ValueError as error:
                 raise self.experiment.error(path, str(error)) from error
-        return model
+        if spec.redesign is None:
+            return model
+        with randomness.seeded(seed, "redesign", spec.seed):
+            return self.redesigned(spec.redesign, model, {})
+
+    def module(self, kind: str, component: Component, *provided: Any) -> nn.Module:
+        """Build a component that has to be a module."""
+        module = self.component(kind, component, *provided)
+        if isinstance(module, nn.Module):
+            return module
+        message = f"{component.type} gave {type(module).__name__}, which is no nn.Module"
+        raise self.experiment.error(component.path, message)
+
+    def redesigned(
+        self, component: Component, model: nn.Module, auxiliary: Mapping[str, nn.Module]
+    ) -> nn.Module:
+        """Return what a redesigner makes of a model.
+
+        It is given ``auxiliary`` too, modules by name, if its second parameter is called so.
+        """
+        try:
+            factory = self.registry.find("model_redesigners", component.type).factory
+            wants_more = list(inspect.signature(factory).parameters)[1:2] == ["auxiliary"]
+        except (PluginError, TypeError, ValueError):
+            wants_more = False  # which is told when it is built
+        provided = (model, auxiliary) if wants_more else (model,)
+        return self.module("model_redesigners", component, *provided)
 
     def source(self, name: str) -> Source:
         """Open a data set; what it and its transforms draw when they are built is the same always.

@@ -14,10 +14,12 @@ from distill.config.experiment import Component, Experiment, Metric, Stage
 from distill.errors import ConfigError, Fault
 from distill.registry import Registry
 from distill.training.build import Builder
+from distill.training.freezing import find_frozen
 from distill.training.metrics import compares_with
 from distill.training.optimizer import build_schedule
 from distill.training.parameter_groups import parameter_groups
-from distill.training.stage import Parts, assemble
+from distill.training.parts import Parts, is_built
+from distill.training.stage import Assembly, assemble
 
 META = torch.device("meta")
 T = TypeVar("T")
@@ -62,26 +64,32 @@ class _Checker:
             name: self._attempt(self.builder.model, name, 0) for name in self.experiment.models
         }
         built = {name: model for name, model in models.items() if model is not None}
-        parts: Parts = {}
+        parts = Parts()
         for stage in self.experiment.stages:
             self._stage(stage, built, parts)
         self._test_metrics()
 
     def _stage(self, stage: Stage, models: dict[str, nn.Module], parts: Parts) -> None:
-        used = [stage.student.model, *(teacher.model for teacher in stage.teachers.values())]
-        if all(name in models for name in used):
+        if all(role.model in models for role in stage.roles.values()):
             assembly = assemble(self.builder, stage, models, parts, 0, META)
             self.faults += assembly.faults
             if assembly.distiller is not None:
                 assembly.distiller.release()
-            if stage.optimizer.component.type and not assembly.faults:
-                self._attempt(parameter_groups, self.builder, stage, assembly.trained())
+            self._selections(stage, assembly)
         else:
             for kind, component in _wired(stage):
                 self.faults += self.builder.faults(kind, component)
         if stage.optimizer.component.type:  # else it is missing, which is a fault of the frame
             self._optimization(stage)
         self._metrics(stage)
+
+    def _selections(self, stage: Stage, assembly: Assembly) -> None:
+        """Look whether what the file freezes and groups is there, unless it is not built yet."""
+        if any(map(assembly.parts.is_unset, assembly.trained().values())):
+            return
+        self.faults += find_frozen(self.builder, assembly).faults
+        if stage.optimizer.component.type and not assembly.faults:
+            self._attempt(parameter_groups, self.builder, stage, assembly.trained())
 
     def _optimization(self, stage: Stage) -> None:
         # With memory and two dimensions, since some optimizers refuse what has not.
@@ -147,8 +155,15 @@ def _components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
     yield from _built_at_once(experiment)
     for model in experiment.models.values():
         yield "models", model.component
+        if model.redesign is not None:
+            yield "model_redesigners", model.redesign
     for stage in experiment.stages:
         yield from _wired(stage)
+        for role in stage.roles.values():
+            if role.special is not None:
+                yield "special_modules", role.special
+            if role.redesign is not None:
+                yield "model_redesigners", role.redesign
         yield "optimizers", stage.optimizer.component
         for entry in stage.schedulers:
             yield "schedulers", entry.component
@@ -160,7 +175,8 @@ def _components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
 
 def _wired(stage: Stage) -> Iterator[tuple[str, Component]]:
     for module in stage.auxiliary.values():
-        yield "auxiliary_modules", module.component
+        if is_built(module):
+            yield "auxiliary_modules", module.component
     for term in stage.criterion.values():
         yield "losses", term.component
 

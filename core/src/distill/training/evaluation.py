@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from distill import distributed
+from distill.data.batch import Batch
 from distill.data.loader import Loading, evaluation_batches
 from distill.data.source import Source
 from distill.errors import DataError
+from distill.model.distiller import call_model
 from distill.reference import STUDENT
 from distill.training.metrics import Metric, merge_over_ranks, takes_teachers, values_by_name
 from distill.training.traceless import in_eval_mode
@@ -47,17 +51,19 @@ def evaluate(
     metrics: Mapping[str, Metric],
     how: Evaluating,
     teachers: Mapping[str, nn.Module] | None = None,
+    specials: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, float]:
     """Return each metric's value by name; the models are in eval mode meanwhile.
 
     Where samples could not be read and are skipped, ``skipped`` is their number.
 
     Args:
-        model: called with ``batch.inputs``.
+        model: called with ``batch.inputs``, unless there is a special module around it.
         source: the data.
         metrics: by name; reset first.
         how: batches, device, precision.
         teachers: by role, for metrics that compare with them.
+        specials: by role, called with the batch in the model's place.
 
     Raises:
         DataError: if no sample can be read.
@@ -67,12 +73,14 @@ def evaluate(
         if hasattr(metric, "classes"):
             metric.classes = source.classes
     models = {STUDENT: model, **(teachers or {})}
+    around = dict(specials or {})
+    calls = {role: partial(call_model, one, around.get(role)) for role, one in models.items()}
     with (
-        in_eval_mode(models.values()),
+        in_eval_mode([*models.values(), *around.values()]),
         torch.no_grad(),
         torch.autocast(how.device.type, how.autocast, enabled=how.autocast is not None),
     ):
-        counted, skipped = _run(models, source, list(metrics.values()), how)
+        counted, skipped = _run(calls, source, list(metrics.values()), how)
     seen = distributed.sum_over_ranks(torch.tensor([counted, skipped]), how.device)
     if seen[0] == 0:
         raise DataError(f"data set '{source.name}': no sample can be read")
@@ -84,7 +92,10 @@ def evaluate(
 
 
 def _run(
-    models: Mapping[str, nn.Module], source: Source, metrics: Sequence[Metric], how: Evaluating
+    models: Mapping[str, Callable[[Batch], Any]],
+    source: Source,
+    metrics: Sequence[Metric],
+    how: Evaluating,
 ) -> tuple[int, int]:
     """Show metrics this process's samples; return how many they were and how many are unreadable.
 
@@ -101,7 +112,7 @@ def _run(
         if len(batch) == 0:
             continue
         placed = batch.to(how.device, non_blocking=True, memory_format=how.memory_format)
-        outputs = {role: model(placed.inputs) for role, model in needed.items()}
+        outputs = {role: model(placed) for role, model in needed.items()}
         if not placed.share:  # run with the other processes, not counted
             continue
         counted += len(placed)

@@ -10,10 +10,13 @@ from torch import nn
 from distill.config.experiment import Metric as MetricEntry
 from distill.config.experiment import Stage
 from distill.observer import Numbers
+from distill.reference import STUDENT
+from distill.training.around import special_module
 from distill.training.average import Average
 from distill.training.evaluation import Evaluating, evaluate
 from distill.training.metrics import is_higher_better
-from distill.training.seed_run import SeedRun, is_sharded, memory_format
+from distill.training.seed_run import SeedRun, memory_format
+from distill.training.sharding import is_sharded
 from distill.training.stage import REDUCED
 
 
@@ -41,12 +44,14 @@ class Measuring:
     Attributes:
         roles: student and teachers by role.
         average: of the student, measured beside it under ``ema.<metric>``.
+        student_runs: whether the stage runs the student at all; else it is not measured.
     """
 
     run: SeedRun
     stage: Stage
     roles: Mapping[str, nn.Module]
     average: Average | None = None
+    student_runs: bool = True
 
     def improves(self, best: Best, metrics: Numbers) -> bool:
         """Whether ``metrics`` are the best so far."""
@@ -65,9 +70,11 @@ class Measuring:
             ConfigError: if what decides, or what a scheduler watches, is a part of a metric that it
                 turns out not to have.
         """
-        measured = self._validate(self.roles["student"], self._teachers())
+        if not self.student_runs:
+            return {}
+        measured = self._validate(STUDENT, self.roles[STUDENT], self._teachers())
         if self.average is not None:
-            averaged = self._validate(self.average.model, self._teachers())
+            averaged = self._validate(STUDENT, self.average.model, self._teachers())
             measured.update({f"ema.{name}": value for name, value in averaged.items()})
         if measured:
             self._check_parts(measured)
@@ -90,28 +97,32 @@ class Measuring:
         """
         measured = {}
         for role, teacher in self.stage.teachers.items():
-            measured[role] = self._validate(self.roles[role], {})
+            measured[role] = self._validate(role, self.roles[role], {})
             if teacher.min_accuracy is not None:
                 self._check_accuracy(role, measured[role])
         return measured
 
     def test(self, dataset: str, entries: Iterable[MetricEntry]) -> dict[str, float]:
         """Measure the student as it is now on the test data."""
-        return self._measure(self.roles["student"], dataset, entries, self._teachers())
+        model = self.roles[STUDENT]
+        return self._measure(STUDENT, model, dataset, entries, self._teachers())
 
     def _teachers(self) -> dict[str, nn.Module]:
-        return {role: model for role, model in self.roles.items() if role != "student"}
+        return {role: model for role, model in self.roles.items() if role != STUDENT}
 
-    def _validate(self, model: nn.Module, teachers: Mapping[str, nn.Module]) -> dict[str, float]:
+    def _validate(
+        self, role: str, model: nn.Module, teachers: Mapping[str, nn.Module]
+    ) -> dict[str, float]:
         measured: dict[str, float] = {}
         for number, name in enumerate(self.stage.data.validate):
             prefix = f"{name}." if number else ""
-            values = self._measure(model, name, self.stage.metrics, teachers)
+            values = self._measure(role, model, name, self.stage.metrics, teachers)
             measured.update({prefix + key: value for key, value in values.items()})
         return measured
 
     def _measure(
         self,
+        role: str,
         model: nn.Module,
         dataset: str,
         entries: Iterable[MetricEntry],
@@ -119,7 +130,14 @@ class Measuring:
     ) -> dict[str, float]:
         metrics = self.run.metrics(entries, teachers)
         how = evaluating(self.run, self.stage)
-        return evaluate(model, self.run.sources[dataset], metrics, how, teachers)
+        # Whatever its role, what is measured stands in the student's place.
+        around = {STUDENT: (role, model), **{r: (r, m) for r, m in teachers.items()}}
+        specials = {
+            place: special_module(self.run.builder, self.stage.roles[r], m, [])
+            for place, (r, m) in around.items()
+            if self.stage.roles[r].special is not None
+        }
+        return evaluate(model, self.run.sources[dataset], metrics, how, teachers, specials)
 
     def _check_accuracy(self, role: str, measured: Numbers) -> None:
         teacher, experiment = self.stage.teachers[role], self.run.builder.experiment

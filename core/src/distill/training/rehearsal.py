@@ -6,23 +6,35 @@ It gives buffers back what they held, and random generators where they stood: it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill.config.experiment import Experiment, Stage
-from distill.config.yaml_document import Path as ConfigPath
 from distill.data.batch import Batch
 from distill.data.plan import Plan
 from distill.data.source import Source
-from distill.errors import ConfigError, DataError, DistillError
+from distill.errors import ConfigError, DataError
 from distill.model.capture import CaptureError
-from distill.model.distiller import Distiller, value_name
-from distill.model.wiring import CallError, Values, describe, first_line
-from distill.training.stage import Assembly, module_error
+from distill.model.criterion import TOTAL
+from distill.model.distiller import Distiller, call_model, value_name
+from distill.model.wiring import Values, describe
+from distill.reference import STUDENT
+from distill.training.around import special_module
+from distill.training.build import Builder
+from distill.training.failures import (
+    capture_error,
+    failures_told,
+    model_failures_told,
+    module_error,
+)
+from distill.training.freezing import freeze
+from distill.training.set_up import set_up
+from distill.training.stage import Assembly
 from distill.training.traceless import buffers_kept, in_eval_mode
 
 
@@ -33,65 +45,138 @@ class Rehearsal:
     Attributes:
         unused: whether some trainable parameter gets no gradient.
         copied: references whose captured value has to be copied, since the model overwrites it.
+        ran: for each model that is cut, how many of its parameters take part.
     """
 
     unused: bool
     copied: tuple[str, ...]
+    ran: Mapping[str, int]
 
 
 def rehearse(
-    experiment: Experiment, assembly: Assembly, source: Source, plan: Plan, batch: Batch
+    builder: Builder, assembly: Assembly, source: Source, plan: Plan, batch: Batch, seed: int
 ) -> Rehearsal:
-    """Run the stage on two samples.
+    """Run the stage on two samples: first in whole, to set modules up, then as far as is needed.
+
+    What the file freezes is frozen in between, and so are parameters of a student that nothing the
+    stage computes comes from.
 
     Args:
-        experiment: the description.
+        builder: of the experiment.
         assembly: the stage.
         source: its training data.
         plan: which has to have a batch.
         batch: two samples of it, as the models are given them.
+        seed: of modules that find their shapes now.
 
     Raises:
         ConfigError: if a model, module or loss fails on what it is given, a loss is no scalar, or
             a term reaches nothing that trains.
         DataError: if a model's classes are not those of the data.
     """
-    distiller = assembly.distiller
+    experiment, distiller = builder.experiment, assembly.distiller
     assert distiller is not None
     if plan.batches == 0:
         raise _no_batch(experiment, assembly.stage, source, plan)
+    copied: list[str] = []
     with _as_in_training(distiller, batch), buffers_kept(distiller):
-        copied = []
-        for role in distiller.models():
-            copied += _run_alone(experiment, assembly, source, role, batch)
-        try:
-            values = distiller.values(batch)
-            _check_classes(experiment, assembly, source, values)
-            with _broadcasting_refused():
-                losses = distiller.criterion.terms(values)
-        except CallError as error:
-            raise module_error(experiment, assembly, error.module, str(error)) from error
+        for role, extent in distiller.extents.items():
+            if extent != "nothing":
+                _run_alone(experiment, assembly, source, role, batch)
+                copied += _copy_overwritten(experiment, assembly, role)
+        distiller.cut()
+        with failures_told(experiment, assembly):
+            set_up(distiller, assembly.parts, batch, seed)
+    assembly.parts.restore()
+    freeze(builder, assembly)
+    with (
+        _as_in_training(distiller, batch),
+        buffers_kept(distiller),
+        _called_modules() as called,
+        failures_told(experiment, assembly),
+    ):
+        values = distiller.values(batch)
+        _check_classes(experiment, assembly, source, values)
+        with _broadcasting_refused():
+            losses = distiller.criterion.terms(values)
     for name, module in assembly.terms.items():
         _check_term(experiment, assembly, module, losses[name])
-    total = distiller.criterion.total(losses)
-    return Rehearsal(_leaves_unused(total, assembly.trainable()), tuple(copied))
+    unreached = _unreached(distiller.criterion.total(losses), assembly.trainable())
+    if unreached and is_cut(assembly):
+        unreached = _leave_out(assembly, unreached, batch)
+    ran = {
+        role: sum(p.numel() for module in called & set(model.modules()) for p in _own(module))
+        for role, model in distiller.models().items()
+        if distiller.extents[role] == "part"
+    }
+    return Rehearsal(bool(unreached), tuple(copied), ran)
+
+
+def is_cut(assembly: Assembly) -> bool:
+    """Whether the stage runs less of the student than there is."""
+    assert assembly.distiller is not None
+    is_part = assembly.distiller.extents[STUDENT] != "whole"
+    return is_part or assembly.stage.student.redesign is not None
+
+
+def _leave_out(
+    assembly: Assembly, unreached: Sequence[nn.Parameter], batch: Batch
+) -> list[nn.Parameter]:
+    """Let the stage leave out those of the student's parameters that nothing comes from.
+
+    In eval mode too, since a model may leave out other layers in train mode each time.
+
+    Returns:
+        The unreached parameters that are left.
+    """
+    distiller = assembly.distiller
+    assert distiller is not None
+    with in_eval_mode([distiller]), buffers_kept(distiller):
+        total = distiller(batch)[TOTAL]
+    still = {id(parameter) for parameter in _unreached(total, unreached)}
+    of_student = {id(parameter) for parameter in assembly.roles[STUDENT].parameters()}
+    out = [p for p in unreached if id(p) in still & of_student]
+    for parameter in out:
+        parameter.requires_grad_(False)
+    assembly.left_out = out
+    return [p for p in unreached if p.requires_grad]
 
 
 def rehearse_measuring(
-    experiment: Experiment,
+    builder: Builder,
     assembly: Assembly,
     source: Source,
     batch: Batch,
     roles: Iterable[str],
 ) -> None:
     """Run two samples of data to measure on through models, as ``rehearse`` does for training."""
-    distiller = assembly.distiller
-    assert distiller is not None
-    with in_eval_mode([distiller]), buffers_kept(distiller), torch.no_grad():
-        for role in roles:
-            _run_alone(experiment, assembly, source, role, batch)
-            output = distiller.run_model(role, batch.inputs)
-            _check_classes(experiment, assembly, source, {role: output})
+    experiment = builder.experiment
+    for role in roles:
+        model, entry = assembly.roles[role], assembly.stage.roles[role]
+        special = special_module(builder, entry, model, []) if entry.special else None
+        with (
+            in_eval_mode([model, *([special] if special else [])]),
+            buffers_kept(model),
+            torch.no_grad(),
+            model_failures_told(experiment, assembly, source, role, batch),
+        ):
+            output = call_model(model, special, batch)
+        _check_classes(experiment, assembly, source, {role: output})
+
+
+@contextmanager
+def _called_modules() -> Iterator[set[nn.Module]]:
+    """Collect the modules that are called."""
+    called: set[nn.Module] = set()
+    handle = register_module_forward_pre_hook(lambda module, _: called.add(module))
+    try:
+        yield called
+    finally:
+        handle.remove()
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)
 
 
 @contextmanager
@@ -134,50 +219,30 @@ def _no_batch(experiment: Experiment, stage: Stage, source: Source, plan: Plan) 
 
 def _run_alone(
     experiment: Experiment, assembly: Assembly, source: Source, role: str, batch: Batch
-) -> list[str]:
-    """Call one model, so that a failure is laid at its door; return what has to be copied."""
-    stage, distiller = assembly.stage, assembly.distiller
+) -> None:
+    """Call one model, so that a failure is laid at its door."""
+    distiller = assembly.distiller
     assert distiller is not None
-    try:
-        with torch.no_grad():
-            distiller.run_model(role, batch.inputs)
-        copied = _copy_overwritten(distiller, role)
-    except CaptureError as error:
-        place, text = _reference_to(stage, value_name(role, error.path))
-        raise experiment.error(place, f"'{text}': {error}") from error
-    except (torch.OutOfMemoryError, DistillError):
-        raise
-    except Exception as error:  # the model is foreign code
-        path = stage.student.path if role == "student" else stage.teachers[role].path
-        raise experiment.error(
-            path,
-            f"{type(assembly.roles[role]).__name__} fails on data set '{source.name}' "
-            f"(inputs {describe(batch.inputs)}): {first_line(error)}",
-        ) from error
-    return copied
+    with torch.no_grad(), model_failures_told(experiment, assembly, source, role, batch):
+        distiller.run_model(role, batch)
 
 
-def _reference_to(stage: Stage, name: str) -> tuple[ConfigPath, str]:
-    """Return where the file refers to a captured value, and how."""
-    for part in (*stage.auxiliary.values(), *stage.criterion.values()):
-        for key, ref in part.inputs.items():
-            if ref.text == name or ref.text.startswith(f"{name}."):
-                return (*part.component.path, "inputs", key), ref.text
-    raise AssertionError("only what a reference names is captured")
-
-
-def _copy_overwritten(distiller: Distiller, role: str) -> list[str]:
+def _copy_overwritten(experiment: Experiment, assembly: Assembly, role: str) -> list[str]:
     """Have those values copied that the model has overwritten since they were captured.
 
     Raises:
-        CaptureError: if something to capture did not run.
+        ConfigError: if something to capture did not run.
     """
-    capture = distiller.captures.get(role)
+    assert assembly.distiller is not None
+    capture = assembly.distiller.captures.get(role)
     if capture is None:
         return []
     overwritten = capture.overwritten()
     capture.cloned.update(overwritten)
-    capture.check_complete()
+    try:
+        capture.check_complete()
+    except CaptureError as error:
+        raise capture_error(experiment, assembly, role, error) from error
     return [value_name(role, path) for path in overwritten]
 
 
@@ -192,7 +257,7 @@ def _check_classes(
         return
     for role in assembly.roles.keys() & values.keys():
         output = values[role]
-        name = stage.student.model if role == "student" else stage.teachers[role].model
+        name = stage.roles[role].model
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
             continue
         if output.shape[1] != len(source.classes):
@@ -219,8 +284,8 @@ def _check_term(
         raise module_error(experiment, assembly, module, message)
 
 
-def _leaves_unused(total: torch.Tensor, trainable: Iterable[nn.Parameter]) -> bool:
-    """Whether the graph behind ``total`` misses a trainable parameter."""
+def _unreached(total: torch.Tensor, trainable: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the trainable parameters that the graph behind ``total`` misses."""
     reached: set[int] = set()
     seen, waiting = set(), [total.grad_fn]
     while waiting:
@@ -231,4 +296,4 @@ def _leaves_unused(total: torch.Tensor, trainable: Iterable[nn.Parameter]) -> bo
         if hasattr(node, "variable"):
             reached.add(id(node.variable))
         waiting += [following for following, _ in node.next_functions]
-    return any(id(parameter) not in reached for parameter in trainable)
+    return [parameter for parameter in trainable if id(parameter) not in reached]

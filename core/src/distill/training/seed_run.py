@@ -27,7 +27,9 @@ from distill.training.build import Builder
 from distill.training.checkpoint import save_state
 from distill.training.form import channels_last
 from distill.training.metrics import Metric, compares_with
-from distill.training.stage import Assembly, Parts, assemble
+from distill.training.parts import Parts
+from distill.training.sharding import is_sharded
+from distill.training.stage import Assembly, assemble
 
 Tell = Callable[[str, Any], None]
 """Tells observers of an event: name of the method, event."""
@@ -43,7 +45,6 @@ class SeedRun:
         sources: opened data sets by name.
         parts: auxiliary modules and losses that later stages may carry on.
         results: of the stages that are over.
-        saved_parts: states of parts from a checkpoint, until the parts are built again.
     """
 
     builder: Builder
@@ -53,9 +54,8 @@ class SeedRun:
     tell: Tell
     models: dict[str, nn.Module]
     sources: dict[str, Source]
-    parts: Parts = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
     results: list[StageResult] = field(default_factory=list)
-    saved_parts: dict[str, Any] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
 
     @property
@@ -66,14 +66,13 @@ class SeedRun:
     def place(self, stage: Stage) -> torch.device:
         """Put a stage's models where it runs them, and return where; to be sharded, on the CPU."""
         device = torch.device("cpu") if is_sharded(stage) else self.device
-        for model in (stage.student.model, *(t.model for t in stage.teachers.values())):
-            self.models[model].to(device)
-        for part in self.parts.values():
-            part.to(device)
+        for role in stage.roles.values():
+            self.models[role.model].to(device)
+        self.parts.to(device)
         return device
 
     def assemble(self, stage: Stage) -> Assembly:
-        """Put a stage together; parts with a saved state continue from it.
+        """Put a stage together.
 
         Raises:
             ConfigError: with everything that keeps it from being put together.
@@ -82,10 +81,6 @@ class SeedRun:
         assembly = assemble(self.builder, stage, self.models, self.parts, self.seed, device)
         if assembly.faults:
             raise ConfigError(assembly.faults)
-        for key, module in self.parts.items():
-            saved = self.saved_parts.pop("|".join(key), None)
-            if saved is not None:
-                module.load_state_dict(saved)
         return assembly
 
     def average(self, stage: Stage, model: nn.Module) -> Average | None:
@@ -169,16 +164,11 @@ class SeedRun:
             "stage": stage,
             "epoch": epoch,
             "models": {name: self.models[name].state_dict() for name in sorted(self.trained)},
-            "parts": {"|".join(key): part.state_dict() for key, part in self.parts.items()},
+            "parts": self.parts.state_dict(),
             "results": [vars(result) for result in self.results],
             **more,
         }
         save_state(self.checkpoint, state)
-
-
-def is_sharded(stage: Stage) -> bool:
-    """Whether each process holds but a part of a stage's parameters."""
-    return stage.parallel == "fsdp" and distributed.world_size() > 1
 
 
 def memory_format(stage: Stage) -> torch.memory_format | None:

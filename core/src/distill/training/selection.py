@@ -44,6 +44,36 @@ def select_parameters(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.P
     return chosen
 
 
+def select_statistics(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Return the modules with running statistics among those that one entry means.
+
+    Raises:
+        DistillError: if there are none.
+    """
+    parameters = {id(parameter) for parameter in select_parameters(entry, trained)}
+    chosen = [
+        module
+        for module in _with_statistics(trained)
+        if parameters & {id(parameter) for parameter in module.parameters(recurse=False)}
+        or class_name(module) == entry
+    ]
+    for owner, root in trained.items():
+        if entry == owner or entry.startswith(f"{owner}."):
+            within = find_module(root, entry.removeprefix(owner).removeprefix("."))
+            chosen += [m for m in within.modules() if _has_statistics(m)]
+    if not chosen:
+        raise DistillError(f"'{entry}' has no running statistics")
+    return chosen
+
+
+def _with_statistics(trained: Mapping[str, nn.Module]) -> list[nn.Module]:
+    return [m for root in trained.values() for m in root.modules() if _has_statistics(m)]
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+
+
 def _by_name(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     pattern = "*bias" if entry == "bias" else entry  # in_proj_bias is one too
     return [

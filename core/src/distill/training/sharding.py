@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distill import distributed
+from distill.config.experiment import Stage
 from distill.data.batch import map_tensors
+
+
+def is_sharded(stage: Stage) -> bool:
+    """Whether each process holds but a part of a stage's parameters."""
+    return stage.parallel == "fsdp" and distributed.world_size() > 1
 
 
 def whole(value: Any) -> Any:

@@ -11,9 +11,11 @@ from torch import nn
 from distill.data.source import Source
 from distill.training import sharding
 from distill.training.average import Average
+from distill.training.freezing import freeze
 from distill.training.parallel import Parallel, averaged_over_ranks, shard, start_sharded
 from distill.training.rehearsal import Rehearsal
-from distill.training.seed_run import SeedRun, is_sharded
+from distill.training.seed_run import SeedRun
+from distill.training.sharding import is_sharded
 from distill.training.stage import Assembly, assemble, roles_in_force
 from distill.training.sync_batchnorm import synchronized
 
@@ -74,19 +76,20 @@ def _sharded(
     cloned = {role: capture.cloned for role, capture in plain.distiller.captures.items()}
     plain.distiller.release()  # so that its hooks are not copied
     # In an order that is the same in every process, since they exchange weights one by one.
-    names = [stage.student.model, *(teacher.model for teacher in stage.teachers.values())]
+    names = [role.model for role in stage.roles.values()]
     models = {name: copy.deepcopy(run.models[name]) for name in dict.fromkeys(names)}
-    parts = {key: copy.deepcopy(part) for key, part in run.parts.items()}
+    parts = run.parts.copied()
     assembly = assemble(run.builder, stage, models, parts, run.seed, run.device)
     distiller = assembly.distiller
     assert distiller is not None
     for role, paths in cloned.items():
         distiller.captures[role].cloned.update(paths)
     stack.enter_context(roles_in_force(assembly))
+    freeze(run.builder, assembly)
     if stage.sync_batchnorm:
         stack.enter_context(synchronized([distiller]))
     parallel = shard(distiller, run.device, [average.model] if average is not None else [])
     start_sharded(distiller, run.first_batch(stage, source, run.device))
     copies = [(run.models[name], models[name]) for name in models if name in run.trained]
-    copies += [(run.parts[key], part) for key, part in parts.items()]
+    copies += [(run.parts.modules[key], part) for key, part in parts.modules.items()]
     return Spread(assembly, parallel, average, copies)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,21 +19,23 @@ from distill.data.source import Source
 from distill.errors import DataError, NumericalError
 from distill.model.wiring import CallError
 from distill.observer import Numbers, StageResult
+from distill.reference import STUDENT
 from distill.training import sharding
 from distill.training.average import Average
 from distill.training.checkpoint import load_weights, save_weights
+from distill.training.failures import module_error
 from distill.training.form import compiled
 from distill.training.frozen_teachers import Unchanged
 from distill.training.loop import AfterStep, EpochSummary, Loop
 from distill.training.measuring import Best, Measuring
 from distill.training.non_finite import NonFinite, explanation
 from distill.training.optimizer import build_optimization
-from distill.training.rehearsal import rehearse
+from distill.training.prepared import Prepared, prepare
 from distill.training.schedule import ScheduleError
 from distill.training.seed_run import SeedRun, memory_format
 from distill.training.spread import Spread, spread
-from distill.training.stage import Assembly, module_error, roles_in_force
 from distill.training.stage_events import StageEvents, count_parameters
+from distill.training.stage_notes import stage_notes
 
 
 def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = None) -> StageResult:
@@ -51,32 +53,29 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
     stage = run.builder.experiment.stages[number]
     run.trained.add(stage.student.model)
     run.trained.update(t.model for t in stage.teachers.values() if t.mode == "train")
-    assembly = run.assemble(stage)
     with ExitStack() as stack:
-        stack.enter_context(roles_in_force(assembly))
-        training = _prepare(run, number, assembly, state, stack)
+        training = _training(run, number, prepare(run, stage, stack), state, stack)
         if state is not None:
             training.resume(state)
         training.train()
         return training.finish()
 
 
-def _prepare(
+def _training(
     run: SeedRun,
     number: int,
-    plain: Assembly,
+    prepared: Prepared,
     state: Mapping[str, Any] | None,
     stack: ExitStack,
 ) -> _Training:
-    stage, source = plain.stage, run.sources[plain.stage.data.train]
-    stack.enter_context(run.in_form(stage, plain.roles.values()))
-    plan = run.plan(stage)
-    batch = run.first_batch(stage, source, run.place(stage))
-    rehearsal = rehearse(run.builder.experiment, plain, source, plan, batch)
-    over = spread(run, plain, source, rehearsal, stack)
+    source, plan = prepared.source, prepared.plan
+    stage = prepared.assembly.stage
+    over = spread(run, prepared.assembly, source, prepared.rehearsal, stack)
     optimization = build_optimization(run.builder, stage, over.assembly.trained(), run.device)
     stack.enter_context(compiled(over.assembly.roles[role] for role in stage.compile))
-    measuring = Measuring(run, stage, over.assembly.roles, over.average)
+    assert over.assembly.distiller is not None
+    runs = over.assembly.distiller.extents[STUDENT] != "nothing"
+    measuring = Measuring(run, stage, over.assembly.roles, over.average, runs)
     teachers = measuring.teachers() if state is None else state["teachers"]
     loop = Loop(
         over.parallel.module,
@@ -90,7 +89,7 @@ def _prepare(
         over.parallel.hold,
     )
     training = _Training(run, number, stage, over, loop, plan, source, measuring, teachers)
-    training.notes = _notes(plain, plan, rehearsal.copied)
+    training.notes = stage_notes(prepared.assembly, plan, prepared.rehearsal)
     return training
 
 
@@ -148,9 +147,12 @@ class _Training:
         roles = {role: self.spread.assembly.roles[role] for role in self.stage.teachers}
         modes = {role: teacher.mode for role, teacher in self.stage.teachers.items()}
         watch = Unchanged(roles, modes)
+        self._tell_specials("stage_start")
         for epoch in range(self.first_epoch, self.stage.epochs):
             lr = self.loop.optimization.lr
+            self._tell_specials("epoch_start", epoch)
             summary = self._epoch(epoch)
+            self._tell_specials("epoch_end", epoch)
             for role in watch.changed():
                 raise self.run.builder.experiment.error(
                     self.stage.teachers[role].path,
@@ -158,6 +160,12 @@ class _Training:
                     "that counts or adapts in its forward cannot teach in this mode",
                 )
             self._end_epoch(epoch, summary, lr)
+        self._tell_specials("stage_end")
+
+    def _tell_specials(self, event: str, *args: Any) -> None:
+        for special in self.spread.assembly.specials.values():
+            if hasattr(special, event):
+                getattr(special, event)(*args)
 
     def _epoch(self, epoch: int) -> EpochSummary:
         stage, first_step = self.stage, epoch * self.plan.steps
@@ -278,10 +286,12 @@ class _Training:
         self._write("last", self.student)
         if self.average is not None:
             self._write("ema", self.average.model)
-        if self.stage.keep != "last":
+        if self.stage.keep != "last" and self.measuring.student_runs:
             self._keep(self.stage.keep)
         test = self.run.builder.experiment.test
-        measured = self.measuring.test(test.dataset, test.metrics) if test is not None else {}
+        measured = {}
+        if test is not None and self.measuring.student_runs:
+            measured = self.measuring.test(test.dataset, test.metrics)
         result = StageResult(
             seed=self.run.seed,
             stage=self.stage.name,
@@ -344,24 +354,3 @@ class _Training:
             "seconds": self.seconds,
             "teachers": self.teachers,
         }
-
-
-def _notes(assembly: Assembly, plan: Plan, copied: Iterable[str]) -> list[str]:
-    stage = assembly.stage
-    notes = [f"{name} is overwritten by the model, so it is copied" for name in copied]
-    if assembly.frozen:
-        notes.append(f"{sum(p.numel() for p in assembly.frozen):,} parameters are frozen")
-    if stage.data.accumulate > 1:
-        samples = stage.data.accumulate * stage.data.batch_size
-        notes.append(f"a step is {stage.data.accumulate} batches, {samples:,} samples")
-    if plan.batch_sampler is None and plan.samples % plan.batch_size == 1 and not plan.drop_last:
-        notes.append("the last batch of an epoch is a single sample; data.drop_last leaves it out")
-    lengths = {"epochs": stage.epochs, "steps": stage.epochs * plan.steps}
-    notes += [
-        f"{entry.component.type} goes on to the end, which comes before its until: {entry.until}"
-        for entry in stage.schedulers
-        if entry.until is not None and entry.until >= lengths[entry.unit]
-    ]
-    if stage.parallel == "fsdp" and distributed.world_size() == 1:
-        notes.append("parallel: fsdp has nothing to share out in a single process")
-    return notes

@@ -1,0 +1,53 @@
+"""What a stage runs in a model's place, and what it puts around a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from distill.config.experiment import Role
+from distill.errors import ConfigError, Fault
+from distill.training.build import Builder
+
+
+def redesigned(
+    builder: Builder,
+    role: Role,
+    model: nn.Module,
+    auxiliary: Mapping[str, nn.Module],
+    faults: list[Fault],
+) -> nn.Module:
+    """Return what the stage runs in the model's place: the model itself unless the file says so."""
+    if role.redesign is None:
+        return model
+    try:
+        return builder.redesigned(role.redesign, model, auxiliary)
+    except ConfigError as error:
+        faults.extend(error.faults)
+        return model
+
+
+def special_module(
+    builder: Builder, role: Role, model: nn.Module, faults: list[Fault]
+) -> nn.Module:
+    """Return the module that calls the model, which has no parameters besides the model's."""
+    assert role.special is not None
+    try:
+        special = builder.module("special_modules", role.special, model)
+    except ConfigError as error:
+        faults.extend(error.faults)
+        return model
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    foreign = [
+        name
+        for name, tensor in (*special.named_parameters(), *special.named_buffers())
+        if id(tensor) not in own
+    ]
+    if foreign:
+        message = (
+            f"{role.special.type} has parameters or buffers of its own ({foreign[0]}), which "
+            "nothing would train or save; they belong into an auxiliary module"
+        )
+        faults.append(builder.experiment.fault(role.special.path, message))
+    return special

@@ -1,0 +1,101 @@
+"""Failures of models, losses and auxiliary modules, told where the file asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from distill.config.experiment import Experiment, Wired
+from distill.config.yaml_document import Path
+from distill.data.batch import Batch
+from distill.data.source import Source
+from distill.errors import ConfigError, DistillError
+from distill.model.capture import CaptureError
+from distill.model.distiller import value_name
+from distill.model.wiring import CallError, describe, first_line
+from distill.reference import each_reference
+from distill.training.stage import Assembly
+
+
+def module_error(
+    experiment: Experiment, assembly: Assembly, module: nn.Module, message: str
+) -> ConfigError:
+    """Return an error at the place where the file asks for a loss or auxiliary module."""
+    stage = assembly.stage
+    sections: list[tuple[Mapping[str, Wired], Mapping[str, nn.Module]]] = [
+        (stage.auxiliary, assembly.auxiliary),
+        (stage.criterion, assembly.terms),
+        (stage.criterion, assembly.adapters),
+    ]
+    for described, modules in sections:
+        for name, candidate in modules.items():
+            if candidate is module:
+                return experiment.error(described[name].component.path, message)
+    assert assembly.distiller is not None
+    for call in assembly.distiller.calls():  # it is a model's own
+        if call.module is module:
+            return experiment.error(stage.auxiliary[call.name].component.path, message)
+    raise AssertionError("a module that failed belongs to its stage")
+
+
+@contextmanager
+def failures_told(experiment: Experiment, assembly: Assembly) -> Iterator[None]:
+    """Lay a failure of a loss or auxiliary module at its place in the file."""
+    try:
+        yield
+    except CallError as error:
+        message = str(error) + _adapter_hint(assembly, error)
+        raise module_error(experiment, assembly, error.module, message) from error
+
+
+def _adapter_hint(assembly: Assembly, error: CallError) -> str:
+    """Point to ``adapter: auto`` where a term compares features of different shapes."""
+    name = next((n for n, term in assembly.terms.items() if term is error.module), None)
+    if name is None or assembly.stage.criterion[name].adapter or not error.shapes_differ:
+        return ""
+    refs = [ref for _, ref in each_reference(assembly.stage.criterion[name].inputs)]
+    of_teachers = [ref for ref in refs if ref.owner in assembly.stage.teachers]
+    if not 0 < len(of_teachers) < len(refs):
+        return ""
+    return "; 'adapter: auto' on the term brings the student's shapes to the teacher's"
+
+
+@contextmanager
+def model_failures_told(
+    experiment: Experiment, assembly: Assembly, source: Source, role: str, batch: Batch
+) -> Iterator[None]:
+    try:
+        yield
+    except CaptureError as error:
+        raise capture_error(experiment, assembly, role, error) from error
+    except (torch.OutOfMemoryError, DistillError):
+        raise
+    except Exception as error:  # the model is foreign code
+        raise experiment.error(
+            assembly.stage.roles[role].path,
+            f"{type(assembly.roles[role]).__name__} fails on data set '{source.name}' "
+            f"(inputs {describe(batch.inputs)}): {first_line(error)}",
+        ) from error
+
+
+def capture_error(
+    experiment: Experiment, assembly: Assembly, role: str, error: CaptureError
+) -> ConfigError:
+    """Return an error at a reference whose value cannot be captured."""
+    place, text = _reference_to(assembly, value_name(role, error.path))
+    return experiment.error(place, f"'{text}': {error}")
+
+
+def _reference_to(assembly: Assembly, name: str) -> tuple[Path, str]:
+    """Return where the file refers to a captured value, and how."""
+    stage, distiller = assembly.stage, assembly.distiller
+    assert distiller is not None
+    texts = {a.text for call in distiller.calls() for a in call.addresses() if a.value == name}
+    for part in (*stage.auxiliary.values(), *stage.criterion.values()):
+        for key, ref in each_reference(part.inputs):
+            if ref.text in texts:
+                return (*part.component.path, "inputs", *key), ref.text
+    raise AssertionError("only what a reference names is captured")

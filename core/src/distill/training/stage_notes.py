@@ -1,0 +1,88 @@
+"""What a person should know about a stage before it trains: what is cut, frozen, adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distill import distributed
+from distill.data.plan import Plan
+from distill.model.adapter import Adapter
+from distill.training.rehearsal import Rehearsal
+from distill.training.stage import Assembly, why_whole
+from distill.training.stage_events import count_parameters
+
+
+def stage_notes(assembly: Assembly, plan: Plan, rehearsal: Rehearsal) -> list[str]:
+    """Return one line for each."""
+    return [
+        *(f"{name} is overwritten by the model, so it is copied" for name in rehearsal.copied),
+        *_extents(assembly, rehearsal),
+        *_adapters(assembly),
+        *_frozen(assembly),
+        *_data(assembly, plan),
+        *_schedulers(assembly, plan),
+        *_processes(assembly),
+    ]
+
+
+def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:
+    """Tell how much of each model runs, where anything but its output is asked of it."""
+    distiller = assembly.distiller
+    assert distiller is not None
+    for role, extent in distiller.extents.items():
+        captured = role in distiller.captures
+        if extent == "nothing":
+            yield f"{role} does not run: nothing is asked of it"
+        elif extent == "part":
+            total = count_parameters(assembly.roles[role])
+            asked = ", ".join(distiller.captures[role].paths)
+            yield (
+                f"{role} stops behind what is asked of it ({asked}): {rehearsal.ran[role]:,} of "
+                f"{total:,} parameters run"
+            )
+        elif why_whole(assembly.stage, role) is not None:
+            yield f"{role} is not cut: {why_whole(assembly.stage, role)}"
+        elif captured:
+            yield f"{role} runs whole: its output is asked for"
+
+
+def _adapters(assembly: Assembly) -> Iterator[str]:
+    for name, adapter in assembly.adapters.items():
+        assert isinstance(adapter, Adapter)
+        chosen = "; ".join(adapter.chosen)
+        yield f"the adapter of '{name}': {chosen} ({count_parameters(adapter):,} parameters)"
+
+
+def _frozen(assembly: Assembly) -> Iterator[str]:
+    if assembly.frozen:
+        yield f"{sum(p.numel() for p in assembly.frozen):,} parameters are frozen"
+    if assembly.left_out:
+        yield (
+            f"{sum(p.numel() for p in assembly.left_out):,} parameters of the student are left "
+            "out: no loss reaches them"
+        )
+
+
+def _data(assembly: Assembly, plan: Plan) -> Iterator[str]:
+    data = assembly.stage.data
+    if data.accumulate > 1:
+        samples = data.accumulate * data.batch_size
+        yield f"a step is {data.accumulate} batches, {samples:,} samples"
+    if plan.batch_sampler is None and plan.samples % plan.batch_size == 1 and not plan.drop_last:
+        yield "the last batch of an epoch is a single sample; data.drop_last leaves it out"
+
+
+def _schedulers(assembly: Assembly, plan: Plan) -> Iterator[str]:
+    stage = assembly.stage
+    lengths = {"epochs": stage.epochs, "steps": stage.epochs * plan.steps}
+    for entry in stage.schedulers:
+        if entry.until is not None and entry.until >= lengths[entry.unit]:
+            yield (
+                f"{entry.component.type} goes on to the end, which comes before its until: "
+                f"{entry.until}"
+            )
+
+
+def _processes(assembly: Assembly) -> Iterator[str]:
+    if assembly.stage.parallel == "fsdp" and distributed.world_size() == 1:
+        yield "parallel: fsdp has nothing to share out in a single process"
