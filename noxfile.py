@@ -10,7 +10,11 @@ from pathlib import Path
 
 import nox
 
-PLUGINS = {"distill-kd": "plugins/distill-kd", "distill-datasets-vision": "plugins/datasets-vision"}
+PLUGINS = {
+    "distill-kd": "plugins/distill-kd",
+    "distill-fitnet": "plugins/distill-fitnet",
+    "distill-datasets-vision": "plugins/datasets-vision",
+}
 PROJECTS = ["core", *PLUGINS.values()]
 
 nox.needs_version = ">=2024.10.9"

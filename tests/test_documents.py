@@ -39,6 +39,12 @@ def test_every_key_of_a_stage_is_documented() -> None:
     assert set(_section("Stages")) == (_keys(schema.STAGE) - {"data"}) | data
 
 
+def test_every_key_of_roles_auxiliary_modules_and_terms_is_documented() -> None:
+    assert set(_section("Roles")) == _keys(schema.TEACHER)
+    assert set(_section("Auxiliary modules")) == _keys(schema.AUXILIARY)
+    assert set(_section("Terms")) == _keys(schema.TERM)
+
+
 def test_every_key_of_a_schedule_is_documented() -> None:
     weight = _section("Weights that change")
     assert set(weight) == _keys(schema.WEIGHT)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from distill.data.batch import Batch
+from distill.data.batch import Batch, map_tensors
+from distill.model.branches import Untraceable, left_out, without_side_branches
 from distill.model.capture import Capture, Complete
 from distill.model.criterion import Criterion
 from distill.model.wiring import Call, Values, to_float32
@@ -42,6 +44,8 @@ class Distiller(nn.Module):
     Attributes:
         captures: the recording of each model from which something is captured, by role.
         extents: how much of each model a step runs, by role.
+        branches: role -> parts of the model that lead to nothing asked of it, and do not run.
+        untraced: role -> why such parts, if there are any, could not be found.
     """
 
     def __init__(
@@ -81,7 +85,11 @@ class Distiller(nn.Module):
         self._is_reduced = autocast is not None or any(
             parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters()
         )
-        self.extents = {role: self._extent(role, whole) for role in self._models}
+        self._whole = frozenset(whole)
+        self.extents = {role: self._extent(role) for role in self._models}
+        self._pruned: dict[str, nn.Module] = {}
+        self.branches: dict[str, list[str]] = {}
+        self.untraced: dict[str, str] = {}
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the unweighted scalar of each term by name, and ``total``."""
@@ -125,11 +133,17 @@ class Distiller(nn.Module):
         """Return the calls of auxiliary modules and of losses, in order."""
         return [*self._calls, *self.criterion.calls]
 
-    def cut(self) -> None:
-        """Leave out from now on what nothing asks for; to be called after a whole forward."""
+    def cut(self, batch: Batch) -> None:
+        """Leave out from now on what nothing asks for.
+
+        To be called after a whole forward of each model on ``batch``, still captured, in the mode
+        that it is trained in.
+        """
         for role, extent in self.extents.items():
             if extent == "part":
                 self.captures[role].stop_early()
+            if extent != "nothing" and role not in self._whole:
+                self._prune(role, batch)
 
     def release(self) -> None:
         """Take all hooks off the models."""
@@ -155,13 +169,66 @@ class Distiller(nn.Module):
             capture.enabled = False
 
     def _call(self, role: str, batch: Batch) -> Any:
-        return call_model(self._models[role], self._specials.get(role), batch)
+        model = self._pruned.get(role, self._models[role])
+        return call_model(model, self._specials.get(role), batch)
 
-    def _extent(self, role: str, whole: Iterable[str]) -> Extent:
-        asked = {address.value for call in self.calls() for address in call.addresses()}
-        if role in whole or role in asked:
+    def _extent(self, role: str) -> Extent:
+        if role in self._whole or self._asked(role) != []:
             return "whole"
         return "part" if role in self.captures else "nothing"
+
+    def _asked(self, role: str) -> list[str] | None:
+        """Return which parts of a model's output are asked for, ``None`` for all of it."""
+        addresses = [a for call in self.calls() for a in call.addresses() if a.value == role]
+        if any(not address.keys for address in addresses):
+            return None
+        return sorted({address.keys[0] for address in addresses})
+
+    def _prune(self, role: str, batch: Batch) -> None:
+        """Leave out a model's side branches if what it gives without them is the same."""
+        model, parts = self._models[role], self._asked(role)
+        is_other_mode = role == STUDENT and not self.training
+        if parts is None or role in self._specials or is_other_mode:
+            return
+        paths = self.captures[role].paths if role in self.captures else ()
+        tapped = {path.partition("@")[0].partition(":")[0] for path in paths}
+        try:
+            pruned = without_side_branches(model, tapped, parts)
+        except Untraceable as error:
+            self.untraced[role] = str(error)
+            return
+        if pruned is None:
+            return
+        if self._gives_the_same(role, pruned, batch):
+            self._pruned[role] = pruned
+            self.branches[role] = left_out(model, pruned)
+        else:
+            self.untraced[role] = "what its trace gives is not what it gives"
+
+    def _gives_the_same(self, role: str, pruned: nn.Module, batch: Batch) -> bool:
+        """Whether a model gives the same without its side branches as before it and after it.
+
+        One that counts its calls may agree by chance with one of the two.
+        """
+        try:
+            before = self._gives(role, batch)
+            self._pruned[role] = pruned
+            without = self._gives(role, batch)
+            del self._pruned[role]
+            after = self._gives(role, batch)
+        except Exception:  # foreign code in another form; what fails without it is told later
+            self._pruned.pop(role, None)
+            return False
+        return same_values(before, without) and same_values(without, after)
+
+    def _gives(self, role: str, batch: Batch) -> Values:
+        """Return what a step reads of a model, drawn from one seed."""
+        values: Values = {}
+        with torch.no_grad(), torch.random.fork_rng(enabled=batch.index.device.type != "meta"):
+            torch.manual_seed(0)
+            self._run(values, role, batch)
+        addresses = [address for call in self.calls() for address in call.addresses()]
+        return {a.text: a.read(values) for a in addresses if a.value in values}
 
     def _in_precision(self, function: Callable[[], Values]) -> Values:
         if not self._is_reduced:
@@ -200,6 +267,19 @@ class Distiller(nn.Module):
 def call_model(model: nn.Module, special: nn.Module | None, batch: Batch) -> Any:
     """Call a model on a batch, by the special module around it if there is one."""
     return model(batch.inputs) if special is None else special(batch)
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Whether two values hold the same tensors; what else they hold does not matter."""
+    pairs: list[list[torch.Tensor]] = [[], []]
+    for value, found in zip((one, other), pairs, strict=True):
+        map_tensors(partial(_keep, found), value)
+    return len(pairs[0]) == len(pairs[1]) and all(map(torch.equal, *pairs))
+
+
+def _keep(found: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    found.append(tensor)
+    return tensor
 
 
 def value_name(role: str, path: str) -> str:

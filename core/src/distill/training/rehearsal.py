@@ -84,7 +84,7 @@ def rehearse(
             if extent != "nothing":
                 _run_alone(experiment, assembly, source, role, batch)
                 copied += _copy_overwritten(experiment, assembly, role)
-        distiller.cut()
+        distiller.cut(batch)
         with failures_told(experiment, assembly):
             set_up(distiller, assembly.parts, batch, seed)
     assembly.parts.restore()

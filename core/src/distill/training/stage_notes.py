@@ -44,6 +44,14 @@ def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:
             yield f"{role} is not cut: {why_whole(assembly.stage, role)}"
         elif captured:
             yield f"{role} runs whole: its output is asked for"
+        if distiller.branches.get(role):
+            names = ", ".join(distiller.branches[role])
+            yield f"{role} runs without {names}: what they give is not asked for"
+        if role in distiller.untraced:
+            yield (
+                f"{role} runs its side branches, if it has any: it cannot be traced "
+                f"({distiller.untraced[role]})"
+            )
 
 
 def _adapters(assembly: Assembly) -> Iterator[str]:

@@ -1,0 +1,164 @@
+"""What hint training costs: FitNet's first stage with whole models, cut by hand, and by default.
+
+A ResNet-18 student learns to give what a deeper ResNet's first stage gives, through a 1x1
+convolution. Four sides train on the same batches in memory, a few steps in turn, so that whatever
+slows the machine slows all: distill with whole models, with the models written out as rows of
+modules (``redesign: sequential``), and with its default, which finds by itself where to stop; and a
+hand-written loop over truncated models. Printed are medians of the time of a step, and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+import torchvision
+import yaml
+from torch import nn
+
+import distill
+from distill.data.batch import Batch
+from distill.training.build import Builder
+from distill.training.loop import Loop
+from distill.training.optimizer import build_optimization
+from distill.training.prepared import prepare
+from distill.training.seed_run import SeedRun
+
+TEACHERS = ("resnet34", "resnet50", "resnet101", "resnet152")
+LAYER = "layer1"
+FRONT = ("conv1", "bn1", "relu", "maxpool", LAYER)
+REDESIGNS = ("whole", {"type": "sequential", "params": {"modules": list(FRONT)}}, "needed")
+Train = Callable[[list[Batch]], None]
+
+
+def by_hand(teacher: nn.Module, student: nn.Module, regressor: nn.Module) -> Train:
+    """Return a function that trains truncated models as a script of one's own would."""
+    fronts = [nn.Sequential(*map(m.get_submodule, FRONT)) for m in (teacher, student)]
+    parameters = [*fronts[1].parameters(), *regressor.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+
+    def train(batches: list[Batch]) -> None:
+        fronts[1].train()
+        regressor.train()
+        for batch in batches:
+            with torch.no_grad():
+                goal = fronts[0](batch.inputs)
+            loss = nn.functional.mse_loss(regressor(fronts[1](batch.inputs)), goal)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return train
+
+
+def by_distill(teacher: str, redesign: object, folder: Path, stack: ExitStack) -> Train:
+    """Return a function that trains as ``distill run`` does, from an experiment file."""
+    file = folder / "hints.yaml"
+    file.write_text(yaml.safe_dump(_experiment(teacher, redesign)))
+    experiment = distill.load(file)
+    builder = Builder(experiment, distill.plugins())
+    models = {name: builder.model(name, 0) for name in experiment.models}
+    sources = {"noise": builder.source("noise")}
+    run = SeedRun(builder, 0, torch.device("cpu"), folder, lambda *_: None, models, sources)
+    (stage,) = experiment.stages
+    prepared = prepare(run, stage, stack)
+    assembly = prepared.assembly
+    assert assembly.distiller is not None
+    optimization = build_optimization(builder, stage, assembly.trained(), run.device)
+    loop = Loop(assembly.distiller, optimization, run.device, seed=0, stage="hint")
+
+    def train(batches: list[Batch]) -> None:
+        loop.epoch(iter(batches))
+
+    return train
+
+
+def _experiment(teacher: str, redesign: object) -> dict[str, object]:
+    noise = {"type": "FakeData", "params": {"size": 8, "image_size": [3, 64, 64]}}
+    images = ["ToImage", {"type": "ToDtype", "params": {"dtype": "float32", "scale": True}}]
+    regressor = {"in_channels": 64, "out_channels": _channels(teacher), "kernel_size": 1}
+    inputs = {"input": "regressor", "target": f"teacher.{LAYER}"}
+    return {
+        "name": "hints",
+        "datasets": {"noise": {**noise, "transforms": images}},
+        "models": {"deep": {"type": teacher}, "thin": {"type": "resnet18"}},
+        "stages": [
+            {
+                "name": "hint",
+                "epochs": 1,
+                "data": {"train": "noise", "batch_size": 8},
+                "teacher": {"model": "deep", "redesign": redesign},
+                "student": {"model": "thin", "redesign": redesign},
+                "auxiliary": {
+                    "regressor": {
+                        "type": "Conv2d",
+                        "params": regressor,
+                        "inputs": {"input": f"student.{LAYER}"},
+                    }
+                },
+                "criterion": {"hint": {"type": "MSELoss", "inputs": inputs}},
+                "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
+                "metrics": [],
+            }
+        ],
+    }
+
+
+def _channels(teacher: str) -> int:
+    return 64 if teacher == "resnet34" else 256
+
+
+def compare(
+    teacher: str, batches: list[Batch], folder: Path, *, turns: int, steps: int
+) -> list[float]:
+    """Return the median seconds of a step: by hand, then by distill for each redesign."""
+    with ExitStack() as stack:
+        torch.manual_seed(0)
+        deep = torchvision.models.get_model(teacher)  # type: ignore[attr-defined]
+        deep.eval().requires_grad_(False)
+        regressor = nn.Conv2d(64, _channels(teacher), 1)
+        sides = [by_hand(deep, torchvision.models.resnet18(), regressor)]
+        sides += [by_distill(teacher, redesign, folder, stack) for redesign in REDESIGNS]
+        times: list[list[float]] = [[] for _ in sides]
+        endless = cycle(batches)
+        for turn in range(turns + 1):
+            chosen = list(islice(endless, steps))
+            for place in range(len(sides)):
+                number = (place + turn) % len(sides)
+                started = perf_counter()
+                sides[number](chosen)
+                if turn:  # the first warms up
+                    times[number].append((perf_counter() - started) / steps)
+    return [median(side) for side in times]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=11, help="turns of each side")
+    parser.add_argument("--size", type=int, default=64, help="height and width of images")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS))
+    options = parser.parse_args()
+    shape = (options.batch_size, 3, options.size, options.size)
+    batches = [Batch(torch.randn(*shape), None, torch.arange(options.batch_size)) for _ in range(4)]
+    print("| teacher | by hand, cut | whole | sequential | needed | needed to hand | to whole |")
+    print("| ------- | -----------: | ----: | ---------: | -----: | -------------: | -------: |")
+    with tempfile.TemporaryDirectory() as folder:
+        for teacher in options.teachers:
+            seconds = compare(teacher, batches, Path(folder), turns=options.turns, steps=2)
+            shown = " | ".join(f"{one * 1e3:.1f} ms" for one in seconds)
+            hand, whole, _, needed = seconds
+            ratios = f"{needed / hand:.3f} | {needed / whole:.3f}"
+            print(f"| {teacher} | {shown} | {ratios} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""A model without the branches that lead to nothing asked of it, where its code can be traced."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from distill.model.capture import find_module
+
+
+class Untraceable(Exception):
+    """A model's forward cannot be followed; the text says why."""
+
+
+def without_side_branches(
+    model: nn.Module, tapped: Iterable[str], parts: Sequence[str]
+) -> fx.GraphModule | None:
+    """Return the model less what leads to nothing asked of it, with the very same modules.
+
+    Only what comes before the last value asked for counts: behind it the forward is stopped anyway.
+    A module is looked into only if something inside of it is asked for.
+
+    Args:
+        model: in the mode in which it will run; called with one argument.
+        tapped: paths of modules that are captured.
+        parts: keys or positions of the output that are asked for.
+
+    Returns:
+        A module to call in its place; ``None`` if there are no such branches.
+
+    Raises:
+        Untraceable: if the forward cannot be followed.
+    """
+    modules = {find_module(model, path) for path in tapped} - {model}
+    graph = _trace(model, modules)
+    *nodes, output = graph.nodes
+    taps = [n for n in nodes if n.op == "call_module" and _module(model, n) in modules]
+    output.args = (_asked(output.args[0], parts),)
+    live = _ancestors([*taps, output, *filter(_has_effect, nodes)])
+    dead = [node for node in nodes if node not in live and node.op != "placeholder"]
+    end = nodes.index(taps[-1]) if taps and not parts else len(nodes)
+    if not any(node.op == "call_module" for node in dead if nodes.index(node) < end):
+        return None
+    for node in reversed(dead):
+        graph.erase_node(node)
+    return fx.GraphModule(model, graph)
+
+
+def left_out(model: nn.Module, less: fx.GraphModule) -> list[str]:
+    """Return which modules, of those that stand directly in the model, a cut one does not call."""
+    kept = {str(node.target).split(".")[0] for node in less.graph.nodes if node.op == "call_module"}
+    return [name for name, _ in model.named_children() if name not in kept]
+
+
+def _trace(model: nn.Module, tapped: set[nn.Module]) -> fx.Graph:
+    """Follow the forward with placeholders, through the modules that hold a tapped one."""
+    opened = {m for m in model.modules() if tapped & (set(m.modules()) - {m})} | {model}
+    shells: set[nn.Module] = set()
+    shell = _shell(model, opened, shells)
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    before = _random_states()
+    try:
+        graph = _Tracer(shells).trace(shell, concrete_args=defaults or None)
+    except Exception as error:  # the model is foreign code
+        text = str(error).strip().split("\n")[0] or type(error).__name__
+        raise Untraceable(text) from error
+    if _random_states() != before:
+        # What was drawn would stand in the trace once and for all.
+        raise Untraceable("it draws random numbers in its forward")
+    return graph
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, opened: set[nn.Module]):
+        super().__init__()
+        self._opened = opened
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self._opened
+
+
+def _shell(module: nn.Module, opened: set[nn.Module], shells: set[nn.Module]) -> nn.Module:
+    """Return a copy of a module, sharing all modules but the opened ones.
+
+    What a forward keeps in its attributes while it is traced goes to the copy.
+    """
+    shell = copy.copy(module)
+    for name in ("_parameters", "_buffers"):
+        setattr(shell, name, dict(getattr(module, name)))
+    shell._modules = {
+        name: _shell(child, opened, shells) if child in opened else child
+        for name, child in module._modules.items()
+    }
+    shells.add(shell)
+    return shell
+
+
+def _random_states() -> list[bytes]:
+    states = [repr(random.getstate()).encode(), repr(np.random.get_state()).encode()]
+    states.append(torch.get_rng_state().numpy().tobytes())
+    if torch.cuda.is_initialized():
+        states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+    return states
+
+
+def _module(model: nn.Module, node: fx.Node) -> nn.Module:
+    return model.get_submodule(str(node.target))
+
+
+def _asked(output: Any, parts: Sequence[str]) -> Any:
+    """Return what of an output is asked for, nothing in the place of the rest."""
+    if not parts:
+        return None
+    if isinstance(output, dict):
+        return {key: value for key, value in output.items() if str(key) in parts}
+    if isinstance(output, fx.Node) and _makes_named_tuple(output):
+        output.args = tuple(v if str(n) in parts else None for n, v in enumerate(output.args))
+    if isinstance(output, (list, tuple)):
+        return [value if str(n) in parts else None for n, value in enumerate(output)]
+    return output
+
+
+def _makes_named_tuple(node: fx.Node) -> bool:
+    return isinstance(node.target, type) and issubclass(node.target, tuple) and not node.kwargs
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node does more than to give a value: an assertion, or a change in place."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    return node.op == "call_function" and node.target in (operator.setitem, torch._assert)

@@ -1,0 +1,165 @@
+"""Every method of distill-fitnet trains, goes on where it stopped, and over two processes.
+
+Each of its examples is run for two epochs a stage on a few digits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import distill
+from distill import distributed
+from distill.registry import SINGULAR, Entry, Registry
+from distill.testing import run_processes
+
+FOLDER = Path(__file__).parents[1] / "plugins/distill-fitnet/examples"
+TEACHER = FOLDER / "digits-teacher.yaml"
+"""What those without a teacher of their own take theirs from."""
+EXAMPLES = sorted(set(FOLDER.glob("*.yaml")) - {TEACHER})
+
+PER_PROCESS = {
+    "digits-dist-plus": "correlates over the samples that a process has",
+    "digits-ghnd": "sums over the samples that a process has, and processes are averaged",
+    "digits-hnd": "sums over the samples that a process has, and processes are averaged",
+    "digits-mgd": "each process draws masks of its own",
+    "digits-srd": "normalises by the samples that a process has",
+    "digits-vitkd": "each process draws masks of its own",
+}
+"""Methods that two processes train otherwise than one does, and why."""
+ROUNDING = 1e-4
+
+
+class Stop(distill.Observer):
+    """Ends a run when an epoch of a stage is over, before it is saved; once."""
+
+    place: tuple[str, int] | None = None
+
+    def epoch_end(self, event: distill.EpochEnd) -> None:
+        if Stop.place == (event.stage, event.position.epoch):
+            Stop.place = None
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which every example has run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_all(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def over_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which every example has run over two processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    run_processes(__file__, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_a_method_trains_with_finite_losses(example: Path, uninterrupted: Path) -> None:
+    epochs = [event for event in events(uninterrupted, example) if event["event"] == "epoch"]
+    assert [epoch["stage"] for epoch in epochs] == [s for s in stages(example) for _ in range(2)]
+    assert all(math.isfinite(value) for epoch in epochs for value in epoch["losses"].values())
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_a_stopped_method_goes_on_to_the_same_bits(
+    example: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    for stage in stages(example):
+        if stage not in ("alone", "teacher"):
+            Stop.place = (stage, 2)
+            with pytest.raises(KeyboardInterrupt):
+                run(example, tmp_path, uninterrupted)
+    run(example, tmp_path, uninterrupted)
+    ours, theirs = weights(uninterrupted, example), weights(tmp_path, example)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_two_processes_train_what_one_does(
+    example: Path, uninterrupted: Path, over_two_processes: Path
+) -> None:
+    ours, theirs = weights(uninterrupted, example), weights(over_two_processes, example)
+    assert ours.keys() == theirs.keys()
+    difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    assert (difference < ROUNDING) == (example.stem not in PER_PROCESS), difference
+
+
+def run_all(folder: Path) -> None:
+    for example in [TEACHER, *EXAMPLES]:
+        run(example, folder, folder)
+
+
+def run(example: Path, folder: Path, trained: Path) -> None:
+    experiment = distill.load(example, shortened(example, trained))
+    distill.run(experiment, registry=registry(example), runs=folder)
+
+
+def shortened(example: Path, trained: Path) -> Iterator[str]:
+    """Yield overrides with which an example takes four steps a stage.
+
+    Args:
+        example: its file.
+        trained: where ``TEACHER`` has run.
+    """
+    given = yaml.safe_load(example.read_text("utf-8"))
+    yield "seeds=[0]" if "seeds" in given else "seed=0"
+    yield "device=cpu"
+    yield "observers=[ResultFiles, Stop]"
+    for name in given["datasets"]:
+        yield f"datasets.{name}.params.labels_per_class=2"
+    for name, model in given["models"].items():
+        if "checkpoint" in model:
+            yield f"models.{name}.checkpoint={trained / TEACHER.stem}/teacher/last.safetensors"
+    for stage in given["stages"]:
+        place = f"stages.{stage['name']}"
+        yield f"{place}.epochs=2"
+        # Not Adam, which blows the rounding of a bias before BatchNorm up to full steps.
+        yield f"{place}.optimizer={{type: SGD, params: {{lr: 1.0e-3, momentum: 0.9}}}}"
+        if "data" in stage:
+            yield f"{place}.data.batch_size=10"
+        if "min_accuracy" in (stage.get("teacher") or {}):
+            yield f"{place}.teacher.min_accuracy=0.0"
+
+
+def registry(example: Path) -> Registry:
+    """Return what is installed, what is in a file beside the example, and ``Stop``."""
+    beside = [code for code in [example.with_suffix(".py")] if code.exists()]
+    found = distill.plugins(beside)
+    entries = [entry for kind in SINGULAR for entry in found.entries(kind)]
+    return Registry([*entries, Entry("observers", "Stop", Stop, "this test")], found.records)
+
+
+def stages(example: Path) -> list[str]:
+    return [stage["name"] for stage in yaml.safe_load(example.read_text("utf-8"))["stages"]]
+
+
+def weights(folder: Path, example: Path) -> Mapping[str, torch.Tensor]:
+    """Return the weights that each stage of an example has left behind."""
+    directory = folder / example.stem
+    files = sorted(directory.rglob("*.safetensors"))
+    return {f"{f.relative_to(directory)} {k}": v for f in files for k, v in load_file(f).items()}
+
+
+def events(folder: Path, example: Path) -> list[dict[str, Any]]:
+    lines = (folder / example.stem / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with distributed.process_group(torch.device("cpu")):
+        run_all(Path(sys.argv[1]))
