@@ -49,7 +49,7 @@ def test_every_module_is_shown_with_its_shapes_and_parameters():
 
 def test_a_module_that_runs_twice_or_never_says_so():
     inspected = inspect_model("twice", Twice(), torch.zeros(2, 4))
-    assert rows(inspected)["shared"][1] == "(2, 4); (2, 4)"
+    assert [rows(inspected)[f"shared@{n}"][1] for n in (0, 1)] == ["(2, 4)", "(2, 4)"]
     assert rows(inspected)["idle"][1] == "did not run"
     assert inspected.output == "{out: (2, 4), in: (2, 4)}"
 

@@ -23,7 +23,10 @@ from distill.training.build import Builder, remote_code_refusal
 
 @dataclass(frozen=True)
 class Row:
-    """One submodule: what it gives and takes, and its parameters with those inside it."""
+    """One call of a submodule: what it gives and takes, and its parameters with those inside it.
+
+    The path is as in a reference; behind it stands ``@n`` where the submodule runs several times.
+    """
 
     path: str
     kind: str
@@ -43,12 +46,12 @@ class Inspected:
 
 
 def inspect_model(name: str, model: nn.Module, inputs: Any) -> Inspected:
-    """Run the model once and note every submodule's shapes.
+    """Run the model once and note every submodule's shapes, for each of its calls.
 
     Raises:
         UsageError: if the model cannot take these inputs.
     """
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[str, list[tuple[str, str]]] = {}
     modules = [(path, module) for path, module in model.named_modules() if path]
     handles = [module.register_forward_hook(_recorder(seen, path)) for path, module in modules]
     try:
@@ -61,8 +64,9 @@ def inspect_model(name: str, model: nn.Module, inputs: Any) -> Inspected:
         for handle in handles:
             handle.remove()
     rows = [
-        Row(path, type(module).__name__, *seen.get(path, ("did not run", "")), _size(module))
+        Row(path + call, type(module).__name__, *shapes, _size(module))
         for path, module in modules
+        for call, shapes in _calls(seen.get(path, [("did not run", "")]))
     ]
     return Inspected(name, describe(inputs), describe(output), rows)
 
@@ -149,12 +153,19 @@ def table(inspected: Inspected) -> str:
 _COLUMNS = ("path", "kind", "output", "input")
 
 
-def _recorder(seen: dict[str, tuple[str, str]], path: str) -> Callable[..., None]:
+def _recorder(seen: dict[str, list[tuple[str, str]]], path: str) -> Callable[..., None]:
     def record(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls = f"{seen[path][0]}; " if path in seen else ""
-        seen[path] = (calls + describe(output), describe(args[0]) if args else "")
+        shapes = (describe(output), describe(args[0]) if args else "")
+        seen.setdefault(path, []).append(shapes)
 
     return record
+
+
+def _calls(shapes: list[tuple[str, str]]) -> list[tuple[str, tuple[str, str]]]:
+    """Return each call's suffix and shapes; a single call needs no suffix."""
+    if len(shapes) == 1:
+        return [("", shapes[0])]
+    return [(f"@{number}", one) for number, one in enumerate(shapes)]
 
 
 def _size(module: nn.Module) -> int:

@@ -241,3 +241,10 @@ def test_a_build_on_meta_leaves_other_threads_alone(monkeypatch):
     monkeypatch.setattr("torchvision.models.resnet.ResNet", Watched)
     on_meta("resnet18", weights="DEFAULT")
     assert len(failures) == 1
+
+
+def test_a_vision_transformer_of_any_size_can_be_described():
+    size = {"image_size": 8, "patch_size": 2, "num_layers": 2, "num_heads": 2}
+    params = {**size, "hidden_dim": 8, "mlp_dim": 16, "num_classes": 10}
+    model = distill_models()["VisionTransformer"](**params)
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 10)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from distill import distributed
 from distill.data.plan import Plan
 from distill.model.adapter import Adapter
+from distill.reference import STUDENT
 from distill.training.rehearsal import Rehearsal
 from distill.training.stage import Assembly, why_whole
 from distill.training.stage_events import count_parameters
@@ -64,7 +65,8 @@ def _adapters(assembly: Assembly) -> Iterator[str]:
 def _frozen(assembly: Assembly) -> Iterator[str]:
     if assembly.frozen:
         yield f"{sum(p.numel() for p in assembly.frozen):,} parameters are frozen"
-    if assembly.left_out:
+    assert assembly.distiller is not None
+    if assembly.left_out and assembly.distiller.extents[STUDENT] != "nothing":
         yield (
             f"{sum(p.numel() for p in assembly.left_out):,} parameters of the student are left "
             "out: no loss reaches them"

@@ -72,7 +72,14 @@ class Wiring:
         if rest:
             self._fault(place, f"'{ref.text}': {unknown_module(model, ref.path)}")
             return None
+        self._check_whole(f"'{ref.text}'", place)
         return model.get_submodule(path)
+
+    def _check_whole(self, what: str, path: Path) -> None:
+        """Refuse what only has a value while FSDP has gathered the model around it."""
+        if self.stage.parallel == "fsdp":
+            message = f"{what} is used outside of its model's forward; that needs parallel: ddp"
+            self._fault(path, message)
 
     def call(self, name: str, part: Wired, module: nn.Module) -> Call:
         """Find the address of every argument."""
@@ -194,6 +201,7 @@ class Wiring:
         model, module_path, key = self._found(ref)
         module = find_module(model, module_path)
         if not ref.tap and _has_tensor(module, key):
+            self._check_whole(f"'{ref.text}'", path)
             self.parameters[ref.text] = (module, key)
             return Address(ref.text, ref.text)
         if key and (ref.tap or not _may_have_part(model, module, ref.path)):

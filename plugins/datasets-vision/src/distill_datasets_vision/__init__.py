@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torchvision.models import VisionTransformer
+
 from distill import hookimpl
 from distill_datasets_vision.batch_transforms import CutMix, MixUp, MixUpOrCutMix
 from distill_datasets_vision.cifar import cifar_models
@@ -79,12 +81,16 @@ def distill_batch_transforms() -> Mapping[str, Callable[..., Any]]:
 
 @hookimpl
 def distill_models() -> Mapping[str, Callable[..., Any]]:
-    """Models of torchvision, the CIFAR literature, timm and PyTorch Hub, and two for ``Digits``."""
+    """Models of torchvision, the CIFAR literature, timm and PyTorch Hub, and two for ``Digits``.
+
+    ``VisionTransformer`` is torchvision's class, for transformers of other sizes than those named.
+    """
     return {
         **torchvision_models(),
         **cifar_models(),
         "DigitsStudent": DigitsStudent,
         "DigitsTeacher": DigitsTeacher,
+        "VisionTransformer": VisionTransformer,
         "timm": timm,
         "torch_hub": torch_hub,
     }
