@@ -15,11 +15,23 @@ from distill.cli import main
 from distill.config.experiment import Experiment
 from distill.registry import Registry
 
-NAMES = [
+RECIPES = [
     f"{data}-{role}"
     for data in ("cifar10", "cifar100", "imagenet")
     for role in ("kd", "student", "teacher")
 ]
+FEATURES = [
+    f"{data}-{method}"
+    for data, methods in {
+        "cifar100": "ab at fitnet ft nst ofd review vid",
+        "imagenet": "at ft ghnd hnd l2 mgd ofd pad review srd srrl vitkd",
+    }.items()
+    for method in methods.split()
+]
+NAMES = [*RECIPES, *FEATURES]
+TWO_STAGES = {"cifar100-ab", "cifar100-ft", "imagenet-ft", "imagenet-pad"}
+OTHER_MODELS = {"imagenet-ghnd", "imagenet-hnd", "imagenet-ofd", "imagenet-vitkd"}
+OF_CIFAR100 = [name for name in FEATURES if name.startswith("cifar100-")]
 CHECKPOINT = re.compile(r"runs/([^/]+)/([^/]+)/last\.safetensors")
 
 
@@ -42,8 +54,30 @@ def test_the_presets_of_the_packages_are_all_here(registry: Registry) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copied_preset_has_no_faults(name: str) -> None:
+    _skip_without_timm(name)
     assert _distill("cp", name) == f"wrote {name}.yaml\n"
-    assert _distill("check", f"{name}.yaml").startswith(f"{name}.yaml: no faults (1 stages, ")
+    stages = 2 if name in TWO_STAGES else 1
+    printed = _distill("check", f"{name}.yaml")
+    assert printed.startswith(f"{name}.yaml: no faults ({stages} stages, ")
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_two_samples_run_through_every_stage(name: str, registry: Registry) -> None:
+    """Of noise, with networks that have no weights to download: wiring and shapes hold."""
+    _skip_without_timm(name)
+    size = 32 if name in OF_CIFAR100 else 224 if name == "imagenet-vitkd" else 64
+    experiment = _load(registry, name).resolved
+    given = [f"datasets.{dataset}={_noise(size)}" for dataset in experiment["datasets"]]
+    for model, settings in experiment["models"].items():
+        if "checkpoint" in settings:
+            given.append(f"models.{model}={{type: {settings['type']}}}")
+        given += [
+            f"models.{model}.params.{key}={value}"
+            for key, value in (("weights", "null"), ("pretrained", "false"))
+            if key in settings.get("params", {})
+        ]
+    _distill("cp", name)
+    _distill("check", "--data", f"{name}.yaml", *(part for g in given for part in ("-s", g)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,13 +92,15 @@ def test_the_head_of_a_preset_says_what_holds(name: str, registry: Registry) -> 
     named = re.findall(r"distill (cp|run) ([\w-]+)", head)
     assert named
     assert {preset for _, preset in named} <= set(registry.names("presets"))
-    assert set(re.findall(r"distill ([a-z]+) ", head)) <= set(main.commands)
+    assert set(re.findall(r"\bdistill ([a-z]+) ", head)) <= set(main.commands)
     needed = set(head.split("Needs: pip install ")[1].split(" First")[0].split(" Run:")[0].split())
-    assert _packages(_load(registry, name), registry) | {"distill-core"} == needed
+    brought = registry.find("presets", name).provider.split()[0]
+    assert _packages(_load(registry, name), registry) | {"distill-core", brought} == needed
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_head_offers_to_override_can_be(name: str, registry: Registry) -> None:
+    _skip_without_timm(name)
     head = _text(registry, name).split("\nname: ")[0].replace("\n# ", " ")
     given = re.findall(r'-s ("[^"]+"|[^\s,;:)]+)', head)
     assert any(value.endswith("keep=best") for value in given)
@@ -76,7 +112,7 @@ def test_a_preset_s_run_is_called_after_it(registry: Registry) -> None:
     assert [_load(registry, name).name for name in NAMES] == NAMES
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-kd")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("-kd")] + OF_CIFAR100)
 def test_a_checkpoint_is_what_another_preset_leaves_behind(name: str, registry: Registry) -> None:
     found = CHECKPOINT.findall(_text(registry, name))
     assert found
@@ -101,6 +137,12 @@ def test_a_student_alone_compares_with_the_distilled_one(data: str, registry: Re
     )
     assert first == second
     assert alone["test"] == distilled["test"]
+
+
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in OTHER_MODELS])
+def test_a_method_on_features_compares_with_kd(name: str, registry: Registry) -> None:
+    own, kd = (_load(registry, n).resolved for n in (name, name.split("-")[0] + "-kd"))
+    assert all(own[key] == kd[key] for key in ("datasets", "models", "seeds", "test"))
 
 
 def test_teacher_and_distillation_run_one_after_the_other_on_cifar10(
@@ -134,6 +176,19 @@ def _write_cifar10(folder: Path) -> None:
     (folder / "batches.meta").write_bytes(pickle.dumps(names))
 
 
+def _skip_without_timm(name: str) -> None:
+    if name == "imagenet-vitkd":
+        pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+
+
+def _noise(size: int) -> str:
+    """Return a data set of two coloured squares, as a value for `-s`."""
+    return (
+        f"{{type: FakeData, params: {{size: 2, image_size: [3, {size}, {size}], num_classes: 10}}, "
+        "transforms: [ToImage, {type: ToDtype, params: {dtype: float32, scale: true}}]}"
+    )
+
+
 def _text(registry: Registry, name: str) -> str:
     text: str = registry.find("presets", name).factory.read_text("utf-8")
     return text
@@ -149,8 +204,13 @@ def _packages(experiment: Experiment, registry: Registry) -> set[str]:
     used += [("models", model.component) for model in experiment.models.values()]
     for stage in experiment.stages:
         used += [("losses", term.component) for term in stage.criterion.values()]
-    providers = [registry.find(kind, component.type).provider for kind, component in used]
-    return {provider.split()[0] for provider in providers}
+    providers = {registry.find(kind, component.type).provider for kind, component in used}
+    packages = {provider.split()[0] for provider in providers}
+    if ("models", "timm") in {(kind, component.type) for kind, component in used}:
+        packages = {
+            p.replace("distill-datasets-vision", "distill-datasets-vision[timm]") for p in packages
+        }
+    return packages
 
 
 def _distill(*arguments: str) -> str:

@@ -201,3 +201,20 @@ def test_what_changes_a_value_in_place_is_kept():
     less = without_side_branches(model, [], ["out"])
     assert left_out(model, less) == ["side", "last"]
     assert torch.equal(less(INPUTS)["out"], model(INPUTS)["out"])
+
+
+def test_dropout_in_a_branch_that_is_left_out_does_not_matter():
+    class Dropping(Branching):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x, scale=None):
+            x = self.first(x)
+            side = self.side(self.drop(x))
+            return {"out": self.head(self.drop(x)), "aux": side}
+
+    distiller = student_of(Dropping(), "student.out", "student", "out")
+    cut(distiller)
+    assert distiller.branches == {"student": ["side", "last"]}
+    assert distiller.student.drop.training

@@ -202,7 +202,7 @@ def test_a_module_that_runs_twice_is_an_error_and_leaves_nothing_behind():
     model = RunsTwice()
     with Capture(model, ["layer"]) as capture:
         model(INPUTS)
-        with pytest.raises(DistillError, match="'layer' ran 2 times .* 'layer@-1' the last"):
+        with pytest.raises(DistillError, match=r"'layer' ran 2 times .* 'layer@-1' the last"):
             capture.pop()
         with pytest.raises(DistillError, match="did not run"):
             capture.pop()

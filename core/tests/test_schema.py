@@ -33,7 +33,11 @@ WRONG = [
     ),
     ("batch_size: 8", "batch_size: null", "batch_size: expected a whole number, got nothing"),
     ("batch_size: 8", "drop_last: 1", "drop_last: expected true or false, got the number 1"),
-    ("inputs: {input: student.body}", "inputs: {input: 1}", "inputs.input: expected text or a list, got"),
+    (
+        "inputs: {input: student.body}",
+        "inputs: {input: 1}",
+        "inputs.input: expected text or a list, got",
+    ),
     ("validate: val", "validate: [val, val]", "data.validate: the list names something twice"),
     ("validate: val", "validate: [val, 3]", "data.validate[1]: expected text, got the number 3"),
     ("validate: val", "validate: va.l", "data.validate: 'va.l' does not fit here"),

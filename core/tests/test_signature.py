@@ -207,3 +207,14 @@ def test_wired_parameters_tell_what_forward_takes_and_must_have():
 )
 def test_values_are_shown_in_words(value, shown):
     assert show(value) == shown
+
+
+def test_text_that_names_a_member_is_that_member_even_where_text_would_do():
+    class Mode(enum.Enum):
+        NEAREST = 0
+
+    def factory(mode: str | Mode | int = 0) -> None: ...
+
+    assert bind(factory, {"mode": "NEAREST"}).arguments == {"mode": Mode.NEAREST}
+    assert bind(factory, {"mode": "other"}).arguments == {"mode": "other"}
+    assert bind(factory, {"mode": 3}).arguments == {"mode": 3}

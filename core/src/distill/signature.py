@@ -137,6 +137,10 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
+    enums = [o for o in options if isinstance(o, type) and issubclass(o, enum.Enum)]
+    for cls in enums:  # `str | Interpolation` means a member where the text names one
+        if isinstance(value, str) and value in cls.__members__:
+            return cls[value]
     # `dtype | dict` must not turn the text float32 into something else: exact classes first.
     for exact in (True, False):
         for option in options:

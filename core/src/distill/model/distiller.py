@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from distill.data.batch import Batch, map_tensors
 from distill.model.branches import Untraceable, left_out, without_side_branches
@@ -150,14 +152,13 @@ class Distiller(nn.Module):
         for capture in self.captures.values():
             capture.remove()
 
-    def run_model(self, role: str, batch: Batch, *, recorded: bool = True) -> Any:
-        """Call one model; ``None`` if it stops before its output.
+    def run_model(self, role: str, batch: Batch) -> Any:
+        """Call one model with its capture recording; ``None`` if it stops before its output.
 
-        At other times forwards of the model pass its capture unrecorded, as they do here where
-        that is not wished for.
+        At other times forwards of the model pass its capture unrecorded.
         """
         capture = self.captures.get(role)
-        if capture is None or not recorded:
+        if capture is None:
             return self._call(role, batch)
         capture.clear()  # what a step that failed may have left
         capture.enabled = True
@@ -224,7 +225,7 @@ class Distiller(nn.Module):
     def _gives(self, role: str, batch: Batch) -> Values:
         """Return what a step reads of a model, drawn from one seed."""
         values: Values = {}
-        with torch.no_grad(), torch.random.fork_rng(enabled=batch.index.device.type != "meta"):
+        with torch.no_grad(), _dropouts_off(self._models[role]), torch.random.fork_rng():
             torch.manual_seed(0)
             self._run(values, role, batch)
         addresses = [address for call in self.calls() for address in call.addresses()]
@@ -275,6 +276,19 @@ def same_values(one: Any, other: Any) -> bool:
     for value, found in zip((one, other), pairs, strict=True):
         map_tensors(partial(_keep, found), value)
     return len(pairs[0]) == len(pairs[1]) and all(map(torch.equal, *pairs))
+
+
+@contextmanager
+def _dropouts_off(model: nn.Module) -> Iterator[None]:
+    """Let dropouts pass: a model with fewer of them draws other numbers for the rest."""
+    dropouts = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.training]
+    for module in dropouts:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.training = True
 
 
 def _keep(found: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
