@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from distill_fitnet.activation_boundaries import ABConnector
+from distill_fitnet.factor_transfer import Paraphraser, Translator
+from distill_fitnet.feature_overhaul import OFDConnector
+from distill_fitnet.fitnet import ConvRegressor
+from distill_fitnet.fitted_layers import check_built, settled
+from distill_fitnet.masked_generation import MGDGenerator
 from distill_fitnet.prime_aware import PADVariance
 from distill_fitnet.simple_recipe import SRDProjector
+from distill_fitnet.softmax_regression import SRRLConnector
 from distill_fitnet.variational_information import VIDRegressor
+from distill_fitnet.vit_features import ViTKDGenerator
 
-MODULES = [ABConnector, VIDRegressor, PADVariance, SRDProjector]
-MAPS_ONLY = [ABConnector, VIDRegressor]
+MODULES = [ABConnector, OFDConnector, VIDRegressor, PADVariance, SRDProjector]
+ONE_LAYER = [ConvRegressor, Paraphraser, SRRLConnector, Translator, ViTKDGenerator]
+MAPS_ONLY = [ABConnector, MGDGenerator, Paraphraser, Translator, VIDRegressor]
 
 each_module = pytest.mark.parametrize("make", MODULES)
 
@@ -172,4 +180,28 @@ def test_channels_below_one_are_refused(make, channels):
 @pytest.mark.parametrize("make", MAPS_ONLY)
 def test_features_that_are_no_maps_are_refused(make):
     with pytest.raises(ValueError, match=rf"{make.__name__}: features must be maps .* \(4, 3\)"):
-        make().setup(draw(4, 3), draw(4, 6))
+        make().setup(draw(4, 3))
+
+
+@pytest.mark.parametrize("make", ONE_LAYER)
+def test_a_list_is_refused_where_there_is_one_layer(make):
+    with pytest.raises(ValueError, match=f"{make.__name__}: features must be of one layer, got a"):
+        make().setup(student())
+
+
+def test_what_was_known_of_a_shape_must_be_what_is_found():
+    owner, features = torch.nn.Identity(), [draw(4, 3, 2, 2)]
+    assert settled(owner, "size", None, [2, 2], features) == [2, 2]
+    assert settled(owner, "size", [2, 2], [2, 2], features) == [2, 2]
+    message = r"Identity: size is \[\], but features of shape \(4, 3, 2, 2\) have \[2, 2\]"
+    with pytest.raises(ValueError, match=message):
+        settled(owner, "size", [], [2, 2], features)
+
+
+def test_parts_must_be_built_and_be_as_many_as_features():
+    owner = torch.nn.Identity()
+    check_built(owner, [1, 2], 2)
+    with pytest.raises(RuntimeError, match="Identity has no scales yet: call setup"):
+        check_built(owner, [], 1, "scales")
+    with pytest.raises(ValueError, match="Identity: built for 2 features, got 3"):
+        check_built(owner, [1, 2], 3)

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from distill.testing import LossConformance
@@ -22,10 +21,11 @@ def maps(*shape, seed=0, dtype=torch.float64):
 
 
 def test_equals_the_reference_numbers(reference):
-    layers = range(len(reference.params["weights"]))
+    params = reference.params
+    layers = range(len(params["weights"]))
     students = [reference.tensor(f"student_feature_{n}") for n in layers]
     teachers = [reference.tensor(f"teacher_feature_{n}") for n in layers]
-    reference.check(HNDLoss(**reference.params)(students, teachers))
+    reference.check(HNDLoss(params["reduction"], params["weights"])(students, teachers))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -39,7 +39,7 @@ def test_equals_the_formula_written_out(weights, reduction):
         values = zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
         error = sum((s - t) ** 2 for s, t in values)
         expected += w * error / (student.numel() if reduction == "mean" else 1)
-    loss = HNDLoss(weights, reduction)(students, teachers)
+    loss = HNDLoss(reduction, weights)(students, teachers)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -65,7 +65,7 @@ def test_loss_of_bfloat16_is_near_that_of_float32():
     ("params", "message"),
     [
         ({"reduction": "paper"}, r"HNDLoss: reduction must be one of 'sum', 'mean', got 'paper'"),
-        ({"weights": [math.inf]}, r"HNDLoss: weights must be finite numbers >= 0"),
+        ({"layer_weights": [math.inf]}, r"HNDLoss: layer_weights must be finite numbers >= 0"),
     ],
 )
 def test_a_parameter_of_the_loss_out_of_range_is_named(params, message):
@@ -109,8 +109,10 @@ def channels_of(model):
 
 @pytest.fixture(scope="module")
 def resnet():
+    # Imported here, for that takes seconds.
+    vision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
-    return torchvision.models.resnet18().eval()
+    return vision.models.resnet18().eval()
 
 
 def test_a_resnets_head_is_replaced_for_every_size_of_image(resnet):

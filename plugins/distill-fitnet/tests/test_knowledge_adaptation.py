@@ -220,8 +220,9 @@ def test_adapter_is_a_convolution_with_batch_norm_and_relu(batch_norm, relu):
     features, like = maps(2, 3, 5, 4), maps(2, 7, 5, 4)
     adapter = KTAAdapter(batch_norm=batch_norm, relu=relu)
     adapter.setup(features, like)
-    expected = F.conv2d(features, adapter.project.weight, adapter.project.bias, padding=1)
-    assert adapter.project.weight.shape == (7, 3, 3, 3)
+    project = adapter.layers[0].project
+    expected = F.conv2d(features, project.weight, project.bias, padding=1)
+    assert project.weight.shape == (7, 3, 3, 3)
     if batch_norm:
         expected = F.batch_norm(expected, None, None, training=True)
     if relu:
@@ -255,7 +256,7 @@ def test_given_channels_make_the_same_adapter_as_channels_found():
         (lambda: AffinityLoss(reduction="none"), r"AffinityLoss: reduction must be one of"),
         (lambda: AffinityLoss(pool=0), r"pool must be a whole number >= 1, got 0"),
         (lambda: CodeNormLoss(p=0.0), r"CodeNormLoss: p must be .* got 0\.0"),
-        (lambda: KTAAdapter(0), r"KTAAdapter: in_channels must be a number > 0"),
+        (lambda: KTAAdapter(0), r"KTAAdapter: in_channels must be a whole number >= 1"),
     ],
 )
 def test_a_parameter_out_of_range_is_named_with_what_is_allowed(make, message):

@@ -73,19 +73,21 @@ class TestNSTLossWithLinearKernel(TestNSTLoss):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("degree", "offset"), [(2, 0.0), (3, 0.5)])
+@pytest.mark.parametrize(("degree", "offset"), [(1, 0.5), (2, 0.0), (2, 0.5), (3, 0.5)])
 def test_equals_the_formula_written_out(kernel, degree, offset):
-    students = [draw(2, 3, 2, 3, seed=1), draw(2, 4, 1, 5, seed=2)]
-    teachers = [draw(2, 5, 2, 3, seed=3), draw(2, 2, 1, 5, seed=4)]
+    # Of the first there are more channels than positions, of the second fewer.
+    students = [draw(2, 3, 2, 3, seed=1), draw(2, 4, 3, 5, seed=2)]
+    teachers = [draw(2, 5, 2, 3, seed=3), draw(2, 2, 3, 5, seed=4)]
     loss = NSTLoss(kernel, degree, offset)(students, teachers)
     pairs = zip(students, teachers, strict=True)
     expected = sum(by_hand(*pair, kernel, degree, offset) for pair in pairs)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_value_and_gradient_equal_the_published_form():
+@pytest.mark.parametrize("size", [(2, 3), (5, 4)])
+def test_value_and_gradient_equal_the_published_form(size):
     """The published code takes the mean of each kernel matrix and detaches the teacher's own."""
-    student, teacher = draw(3, 4, 2, 3, seed=1).requires_grad_(), draw(3, 6, 2, 3, seed=2)
+    student, teacher = draw(3, 4, *size, seed=1).requires_grad_(), draw(3, 6, *size, seed=2)
     s, t = (F.normalize(feature.flatten(2), dim=2) for feature in (student, teacher))
 
     def mean_kernel(a, b):

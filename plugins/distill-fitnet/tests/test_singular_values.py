@@ -30,6 +30,7 @@ def main_vectors(sample, count):
 
 def aligned_by_hand(student, teacher, k, spare):
     theirs, values = main_vectors(teacher, k)
+    theirs = [math.copysign(1, sum(vector)) * vector for vector in theirs]
     ours, _ = main_vectors(student, k + spare)
     weights = values / math.sqrt(sum(value**2 for value in values))
     matched = []
@@ -164,6 +165,19 @@ def test_the_sign_of_a_map_does_not_matter():
     students, teachers = layers(*SHAPES, seed=1), layers(*SHAPES, seed=11)
     turned = [-students[0], *students[1:]]
     torch.testing.assert_close(KDSVDLoss()(turned, teachers), KDSVDLoss()(students, teachers))
+
+
+def test_the_sign_that_a_decomposition_gives_the_teacher_does_not_matter(monkeypatch):
+    students, teachers = layers(*SHAPES, seed=1), layers(*SHAPES, seed=11)
+    expected = KDSVDLoss(k=2)(students, teachers)
+    plain, calls = torch.linalg.eigh, iter([-1, 1, 1, -1, 1, -1])
+
+    def turned(matrix):
+        values, vectors = plain(matrix)
+        return values, vectors * next(calls)
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    torch.testing.assert_close(KDSVDLoss(k=2)(students, teachers), expected)
 
 
 def test_the_students_scale_does_not_matter():

@@ -201,7 +201,7 @@ def test_other_channels_than_built_for_are_refused():
         VIDLoss(5).setup(features, features)
     with pytest.raises(ValueError, match=r"built for 5 channels, got \(2, 3, 4, 4\)"):
         VIDLoss(5)(features, features)
-    with pytest.raises(ValueError, match=r"built for 2 layers, got 1"):
+    with pytest.raises(ValueError, match=r"built for 2 features, got 1"):
         VIDLoss([3, 5])(features, features)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, feature_pairs
-from distill_fitnet.feature_shapes import as_map, check_same
+from distill_fitnet.feature_pairs import PairwiseLoss, halving_weights
+from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import check, check_choice
+from distill_fitnet.parameters import check, check_choice, check_layer_weights
 
 Reduction = Literal["batchmean", "sum"]
 
@@ -61,12 +62,8 @@ class ABConnector(FittedLayers):
         nn.init.normal_(conv.weight, std=math.sqrt(2 / out_channels))
         return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
-    def prepare(self, features: Tensor) -> Tensor:
-        """Refuse features that are no maps."""
-        return as_map(self, features)
 
-
-class ABLoss(nn.Module):
+class ABLoss(PairwiseLoss):
     r"""Hinge-like loss that puts each neuron of the student on the teacher's side of zero.
 
     .. math::
@@ -123,40 +120,21 @@ class ABLoss(nn.Module):
         super().__init__()
         check(self, "margin", margin, 0 < margin < math.inf, "a finite number > 0")
         check(self, "scale", scale, 0 < scale < math.inf, "a finite number > 0")
-        weighed = layer_weights is None or all(0 <= w < math.inf for w in layer_weights)
-        check(self, "layer_weights", layer_weights, weighed, "finite numbers >= 0, or None")
+        check_layer_weights(self, layer_weights)
         check_choice(self, "reduction", reduction, get_args(Reduction))
         self.margin = margin
         self.scale = scale
         self.layer_weights = layer_weights
         self.reduction = reduction
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        weights = self._weights(len(pairs))
-        losses = [w * self._layer_loss(*pair) for w, pair in zip(weights, pairs, strict=True)]
-        return self.scale * torch.stack(losses).sum()
+    def weights_of(self, layers: int) -> Sequence[float]:
+        """Return a weight for each of so many layers."""
+        return halving_weights(layers) if self.layer_weights is None else self.layer_weights
 
-    def _weights(self, layers: int) -> list[float]:
-        if self.layer_weights is None:
-            return [2.0 ** (number - layers) for number in range(1, layers + 1)]
-        if len(self.layer_weights) != layers:
-            raise ValueError(
-                f"ABLoss: layer_weights has {len(self.layer_weights)} numbers for {layers} layers"
-            )
-        return self.layer_weights
-
-    def _layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of one layer, times the scale."""
         check_same(self, student, teacher, "bring the student's to it with ABConnector")
-        # How far the student is on the teacher's side of zero, negative if on the other.
-        agreement = torch.where(teacher > 0, student, -student)
-        loss = F.relu(self.margin - agreement).square().sum()
-        return loss / len(student) if self.reduction == "batchmean" else loss
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return (
-            f"margin={self.margin}, scale={self.scale}, layer_weights={self.layer_weights}, "
-            f"reduction={self.reduction!r}"
-        )
+        # How far the student is from being on the teacher's side of zero, and that by the margin.
+        missing = self.margin + torch.where(teacher > 0, -1.0, 1.0).to(student.dtype) * student
+        loss = F.relu(missing, inplace=True).square().sum()
+        return loss * (self.scale / (len(student) if self.reduction == "batchmean" else 1))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, feature_pairs
-from distill_fitnet.fitnet import check_weights, sum_over_layers
+from distill_fitnet.feature_pairs import PairwiseLoss
+from distill_fitnet.feature_shapes import check_maps
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import check, check_choice
+from distill_fitnet.parameters import check_choice, check_layer_weights, check_power
+from distill_fitnet.vectors import unit_vectors
 
 Form = Literal["code", "paper"]
 
 
-class ATLoss(nn.Module):
+class ATLoss(PairwiseLoss):
     r"""Difference of normalised attention maps, summed over layers.
 
     .. math::
@@ -35,7 +35,7 @@ class ATLoss(nn.Module):
         power: a number >= 1 that channels are raised to; a whole one unless ``abs_power``.
         abs_power: whether to take the absolute value first, as the paper's definition does and its
             code does not. It matters for odd powers of features with a sign.
-        weights: one number >= 0 for each layer; by default 1 for all.
+        layer_weights: one number >= 0 for each layer; by default 1 for all.
 
     Shape:
         - student_features, teacher_features: maps (B, C, H, W), or as many of them in lists, one
@@ -58,24 +58,19 @@ class ATLoss(nn.Module):
         form: Form = "code",
         power: float = 2.0,
         abs_power: bool = False,
-        weights: list[float] | None = None,
+        layer_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         check_choice(self, "form", form, get_args(Form))
         check_power(self, "power", power, whole=not abs_power)
-        check_weights(self, weights)
+        check_layer_weights(self, layer_weights)
         self.form = form
         self.power = power
         self.abs_power = abs_power
-        self.weights = weights
+        self.layer_weights = layer_weights
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        losses = [self._distance(student, teacher) for student, teacher in pairs]
-        return sum_over_layers(self, losses, self.weights)
-
-    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the difference of one layer's attention maps."""
         check_maps(self, student, teacher)
         student, teacher = (
             attention(features, self.power, self.abs_power)
@@ -93,30 +88,3 @@ def attention(features: Tensor, power: float, absolute: bool = False) -> Tensor:
         features = features.abs()
     # The mean and the sum over channels are the same once normalised.
     return unit_vectors(features.pow(power).mean(1).flatten(1))
-
-
-def unit_vectors(features: Tensor, p: float = 2.0, dim: int = 1) -> Tensor:
-    """Divide vectors along a dimension by their p-norm.
-
-    A vector of zeros stays one. It is divided by 1 and not by a tiny number, which would multiply
-    its gradient by 10^12.
-    """
-    norm: Tensor = torch.linalg.vector_norm(features, p, dim=dim, keepdim=True)
-    return features / norm.masked_fill(norm == 0, 1.0)
-
-
-def check_maps(owner: nn.Module, student: Tensor, teacher: Tensor) -> None:
-    """Refuse what are not maps (B, C, H, W) of the same batch."""
-    if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher):
-        raise ValueError(
-            f"{type(owner).__name__}: the student's feature {tuple(student.shape)} and the "
-            f"teacher's {tuple(teacher.shape)} must be maps (B, C, H, W) of the same batch; "
-            "capture them before they are pooled and flattened"
-        )
-
-
-def check_power(owner: nn.Module, name: str, power: float, whole: bool) -> None:
-    """Refuse powers below 1, and fractions where negative numbers are to be raised to them."""
-    check(owner, name, power, 1 <= power < math.inf, "a finite number >= 1")
-    if whole:
-        check(owner, name, power, power % 1 == 0, "whole, since features may be negative")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, feature_pairs
+from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps
 from distill_fitnet.parameters import check
 
 
-class CWDLoss(nn.Module):
+class CWDLoss(PairwiseLoss):
     r"""Divergence of where each channel looks, from where the teacher's looks.
 
     .. math::
@@ -50,12 +49,8 @@ class CWDLoss(nn.Module):
         check(self, "temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
         self.temperature = temperature
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        return torch.stack([self._layer_loss(*pair) for pair in pairs]).sum()
-
-    def _layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the divergence of one layer's maps."""
         check_maps(
             self,
             student,
@@ -70,7 +65,3 @@ class CWDLoss(nn.Module):
         divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
         channels = student.shape[0] * student.shape[1]
         return divergence * (self.temperature**2 / channels)
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"temperature={self.temperature}"

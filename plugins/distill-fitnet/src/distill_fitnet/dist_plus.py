@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill_fitnet.feature_pairs import Features, feature_pairs
+from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps, check_same
 from distill_fitnet.parameters import check, check_choice
 
@@ -16,7 +15,7 @@ Form = Literal["one_minus", "torchdistill"]
 Spatial = Literal["samples", "positions"]
 
 
-class DISTPlusFeatureLoss(nn.Module):
+class DISTPlusFeatureLoss(PairwiseLoss):
     r"""Pearson correlation between student's and teacher's maps, over channels and over space.
 
     .. math::
@@ -76,12 +75,8 @@ class DISTPlusFeatureLoss(nn.Module):
         self.spatial = spatial
         self.eps = eps
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        return torch.stack([self._of_layer(*pair) for pair in pairs]).sum()
-
-    def _of_layer(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return both terms of one layer."""
         advice = "adapt the student's channels: an auxiliary 1x1 Conv2d, or `adapter: auto`"
         check_maps(self, student, teacher, advice)
         check_same(self, student, teacher, "capture maps of the same height and width")
@@ -91,13 +86,6 @@ class DISTPlusFeatureLoss(nn.Module):
         sums = student.sum(1).flatten(1), teacher.sum(1).flatten(1)
         spatial = correlation(*sums, 0 if self.spatial == "samples" else 1, self.eps).mean()
         return self.iota * channel + self.kappa * (1 - spatial)
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return (
-            f"iota={self.iota}, kappa={self.kappa}, form={self.form!r}, "
-            f"spatial={self.spatial!r}, eps={self.eps}"
-        )
 
 
 def correlation(first: Tensor, second: Tensor, dim: int, eps: float) -> Tensor:

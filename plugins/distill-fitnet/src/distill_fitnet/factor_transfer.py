@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from distill_fitnet.attention_transfer import attention, check_maps, check_power, unit_vectors
-from distill_fitnet.feature_pairs import feature_pairs
-from distill_fitnet.fitnet import (
-    built,
-    channels,
-    check_channels,
-    check_feature,
-    check_same_shape,
-    place,
-    settled,
-)
+from distill_fitnet.attention_transfer import attention
+from distill_fitnet.feature_pairs import Features, feature_pairs
+from distill_fitnet.feature_shapes import check_maps, check_same
+from distill_fitnet.fitted_layers import FittedLayers
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import check, check_choice
+from distill_fitnet.parameters import Parametrized, check, check_choice, check_power
+from distill_fitnet.vectors import Reduction, unit_vectors, vector_distance
 
 Form = Literal["factors", "channel_power"]
-Reduction = Literal["mean", "sum"]
 
 _SLOPE = 0.1
 
 
-class FTLoss(nn.Module):
+class FTLoss(Parametrized):
     r"""Difference of normalised factors.
 
     .. math::
@@ -87,7 +80,7 @@ class FTLoss(nn.Module):
         ((student, teacher),) = feature_pairs(student_factor, teacher_factor)
         if self.form == "channel_power":
             return self._channel_power(student, teacher)
-        check_same_shape(self, student, teacher, "pick layers of the same size")
+        check_same(self, student, teacher, "pick layers of the same size")
         student, teacher = unit_vectors(student.flatten(1)), unit_vectors(teacher.flatten(1))
         return vector_distance(student, teacher, self.p, self.reduction)
 
@@ -101,7 +94,7 @@ class FTLoss(nn.Module):
         return distance.mean() if self.reduction == "mean" else distance.sum()
 
 
-class Paraphraser(nn.Module):
+class Paraphraser(FittedLayers):
     """Auto-encoder of a teacher's maps, whose code is the factor.
 
     Three 3x3 convolutions C -> C -> kC -> kC and three transposed ones back, each followed by
@@ -128,42 +121,44 @@ class Paraphraser(nn.Module):
     Source: Kim, Park, Kwak, 2018, https://arxiv.org/abs/1802.04977.
     """
 
+    one_layer = True
+
     def __init__(
         self, in_channels: int | None = None, rate: float = 0.5, batch_norm: bool = False
     ) -> None:
-        super().__init__()
-        check_channels(self, in_channels=in_channels)
+        super().__init__(in_channels, in_channels)
         check(self, "rate", rate, 0 < rate < math.inf, "a finite number > 0")
-        self.in_channels = in_channels
         self.rate = rate
         self.batch_norm = batch_norm
-        self.encoder: nn.Sequential | None = None
-        if in_channels is not None:
-            self._build(in_channels)
+        self.build_if_known()
 
-    def setup(self, features: Tensor) -> None:
+    # What it reconstructs is what it is given: there is nothing for ``like`` to tell.
+    def setup(self, features: Features) -> None:  # type: ignore[override]
         """Build the layers for the channels of what is given, or check that they fit it."""
-        check_feature(self, "features", features)
-        in_channels = settled(self, "in_channels", self.in_channels, features, channels)
-        if self.encoder is None:
-            self._build(in_channels)
-        place(self, features)
+        super().setup(features, features)
 
-    def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Return the factor, and the feature as it is reconstructed from it."""
-        encoder = built(self, self.encoder)
-        factor = encoder(features.to(next(encoder.parameters()).dtype))
-        return {"factor": factor, "reconstruction": self.decoder(factor)}
-
-    def _build(self, in_channels: int) -> None:
+    def layer(self, in_channels: int, out_channels: int) -> nn.Module:
+        """Build encoder and decoder."""
         code = int(self.rate * in_channels)
         check(self, "rate", self.rate, code > 0, f"at least 1 / {in_channels}, the channels")
-        encoded = (in_channels, in_channels, code, code)
-        self.encoder = _convolutions(nn.Conv2d, encoded, self.batch_norm)
-        self.decoder = _convolutions(nn.ConvTranspose2d, encoded[::-1], self.batch_norm)
+        planes = (in_channels, in_channels, code, code)
+        encoder = _convolutions(nn.Conv2d, planes, self.batch_norm)
+        decoder = _convolutions(nn.ConvTranspose2d, planes[::-1], self.batch_norm)
+        return nn.Sequential(OrderedDict(encoder=encoder, decoder=decoder))
+
+    def forward(self, features: Features) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return the factor, and the feature as it is reconstructed from it."""
+        factor = super().forward(features)
+        _, decoder = self.layers[0].children()
+        return {"factor": factor, "reconstruction": decoder(factor)}
+
+    def apply_layer(self, layer: nn.Module, features: Tensor, like: Tensor | None) -> Tensor:
+        """Return the factor."""
+        encoder, _ = layer.children()
+        return super().apply_layer(encoder, features, like)
 
 
-class Translator(nn.Module):
+class Translator(FittedLayers):
     """Three 3x3 convolutions that turn a student's maps into a factor like the teacher's.
 
     Channels go C_s -> C_s -> C_f -> C_f; batch norm and leaky ReLU as in ``Paraphraser``; height
@@ -186,51 +181,22 @@ class Translator(nn.Module):
     Source: Kim, Park, Kwak, 2018, https://arxiv.org/abs/1802.04977.
     """
 
+    one_layer = True  # since FTLoss takes the factor of one
+
     def __init__(
         self,
         in_channels: int | None = None,
         out_channels: int | None = None,
         batch_norm: bool = False,
     ) -> None:
-        super().__init__()
-        check_channels(self, in_channels=in_channels, out_channels=out_channels)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        super().__init__(in_channels, out_channels)
         self.batch_norm = batch_norm
-        self.layers: nn.Sequential | None = None
-        if in_channels is not None and out_channels is not None:
-            self._build(in_channels, out_channels)
+        self.build_if_known()
 
-    def setup(self, features: Tensor, like: Tensor | None = None) -> None:
-        """Build the layers for the channels of what is given, or check that they fit it."""
-        check_feature(self, "features", features)
-        in_channels = settled(self, "in_channels", self.in_channels, features, channels)
-        if like is not None:
-            check_feature(self, "like", like)
-        out_channels = settled(self, "out_channels", self.out_channels, like, channels)
-        if self.layers is None:
-            self._build(in_channels, out_channels)
-        place(self, features)
-
-    def forward(self, features: Tensor, like: Tensor | None = None) -> Tensor:
-        """Return the student's factor; ``like`` is not looked at."""
-        layers = built(self, self.layers)
-        factor: Tensor = layers(features.to(next(layers.parameters()).dtype))
-        return factor
-
-    def _build(self, in_channels: int, out_channels: int) -> None:
+    def layer(self, in_channels: int, out_channels: int) -> nn.Module:
+        """Build the convolutions of one layer."""
         planes = (in_channels, in_channels, out_channels, out_channels)
-        self.layers = _convolutions(nn.Conv2d, planes, self.batch_norm)
-
-
-def vector_distance(student: Tensor, teacher: Tensor, p: float, reduction: Reduction) -> Tensor:
-    """Return the distance of vectors (B, D): over elements for p = 1, of samples' p-norms else."""
-    difference = student - teacher
-    if p == 1:
-        distance = difference.abs()
-    else:
-        distance = torch.linalg.vector_norm(difference, p, dim=1)
-    return distance.mean() if reduction == "mean" else distance.sum()
+        return _convolutions(nn.Conv2d, planes, self.batch_norm)
 
 
 def _convolutions(

@@ -28,12 +28,18 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_fitnet.activation_boundaries import ABConnector
-from distill_fitnet.feature_pairs import Features, as_list, feature_pairs
+from distill_fitnet.feature_pairs import (
+    Features,
+    as_list,
+    feature_pairs,
+    halving_weights,
+    sum_over_layers,
+)
 from distill_fitnet.feature_shapes import check_same
-from distill_fitnet.parameters import check
+from distill_fitnet.parameters import Parametrized, check
 
 RARE = 0.001
 """Chance of a negative response at and below which its mean is not computed."""
@@ -62,7 +68,7 @@ class OFDConnector(ABConnector):
     """
 
 
-class OFDLoss(nn.Module):
+class OFDLoss(Parametrized):
     r"""Partial squared distance between the student's maps and the teacher's after a margin ReLU.
 
     .. math::
@@ -120,15 +126,13 @@ class OFDLoss(nn.Module):
                 f"OFDLoss: {len(pairs)} features need as many bn_weight and bn_bias, got "
                 f"{len(weights)} and {len(biases)}"
             )
-        # Each further layer halves what those before it count.
-        total = pairs[0][0].new_zeros(())
-        for (student, teacher), weight, bias in zip(pairs, weights, biases, strict=True):
-            check_same(self, student, teacher, "adapt the student's maps with OFDConnector")
-            total = total / 2 + self._distance(student, teacher, weight, bias)
-        return total * (self.scale / len(pairs[0][0]))
+        given = zip(pairs, weights, biases, strict=True)
+        distances = [self._distance(*pair, weight, bias) for pair, weight, bias in given]
+        return self.scale * sum_over_layers(self, distances, halving_weights(len(pairs)))
 
     def _distance(self, student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return the partial squared distance of one layer, summed up."""
+        """Return the partial squared distance of one layer for each sample."""
+        check_same(self, student, teacher, "adapt the student's maps with OFDConnector")
         if not tuple(weight.shape) == tuple(bias.shape) == (teacher.shape[1],):
             raise ValueError(
                 f"OFDLoss: teacher's feature {tuple(teacher.shape)} needs bn_weight and bn_bias of "
@@ -137,11 +141,7 @@ class OFDLoss(nn.Module):
         margin = negative_mean(weight.to(teacher.dtype), bias.to(teacher.dtype))
         target = teacher.maximum(margin.view(-1, *(1,) * (teacher.ndim - 2)))
         counts = (student > target) | (target > 0)
-        return ((student - target) * counts).square().sum()
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"scale={self.scale}"
+        return ((student - target) * counts).square().sum() / len(student)
 
 
 def negative_mean(weight: Tensor, bias: Tensor) -> Tensor:

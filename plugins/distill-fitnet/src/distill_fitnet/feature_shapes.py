@@ -11,6 +11,9 @@ from distill_fitnet.parameters import check
 Channels = int | Sequence[int] | None
 """Channels of one feature, or of each of several layers' features, or not known yet."""
 
+FORMS = {2: "vectors (B, D)", 3: "tokens (B, N, D)", 4: "maps (B, C, H, W)"}
+"""What a feature of so many dimensions is."""
+
 
 def channel_list(owner: object, name: str, channels: Channels) -> list[int] | None:
     """Return channels as a list, one number for each layer.
@@ -26,23 +29,19 @@ def channel_list(owner: object, name: str, channels: Channels) -> list[int] | No
     return listed
 
 
-def as_map(owner: object, features: Tensor) -> Tensor:
-    """Return a feature that is a map (B, C, H, W); refuse any other shape."""
-    if features.ndim != 4:
+def check_form(owner: object, features: Tensor, *dimensions: int) -> None:
+    """Refuse a feature that has none of these numbers of dimensions."""
+    if features.ndim not in dimensions:
+        wanted = " or ".join(FORMS[number] for number in dimensions)
         raise ValueError(
-            f"{type(owner).__name__}: features must be maps (B, C, H, W), "
-            f"got {tuple(features.shape)}"
+            f"{type(owner).__name__}: features must be {wanted}, got {tuple(features.shape)}"
         )
-    return features
 
 
 def check_same(owner: object, student: Tensor, teacher: Tensor, advice: str) -> None:
     """Refuse features of student and teacher that differ in shape."""
     if student.shape != teacher.shape:
-        raise ValueError(
-            f"{type(owner).__name__}: student {tuple(student.shape)} and teacher "
-            f"{tuple(teacher.shape)} must have the same shape; {advice}"
-        )
+        raise ValueError(f"{_both(owner, student, teacher)} must have the same shape; {advice}")
 
 
 def check_maps(owner: object, student: Tensor, teacher: Tensor, advice: str | None = None) -> None:
@@ -53,11 +52,15 @@ def check_maps(owner: object, student: Tensor, teacher: Tensor, advice: str | No
         student, teacher: the features.
         advice: what to do where the channels differ; ``None`` if they may.
     """
-    fits = student.ndim == teacher.ndim == 4 and len(student) == len(teacher)
-    if fits and (advice is None or student.shape[1] == teacher.shape[1]):
-        return
-    wanted = "maps (B, C, H, W)" if advice is None else "maps (B, C, H, W) of as many channels"
-    raise ValueError(
-        f"{type(owner).__name__}: student {tuple(student.shape)} and teacher "
-        f"{tuple(teacher.shape)} must be {wanted}" + (f"; {advice}" if fits else "")
-    )
+    if not student.ndim == teacher.ndim == 4 or len(student) != len(teacher):
+        raise ValueError(
+            f"{_both(owner, student, teacher)} must be maps (B, C, H, W) of the same batch; "
+            "capture them before they are pooled and flattened"
+        )
+    if advice is not None and student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"{_both(owner, student, teacher)} must have as many channels; {advice}")
+
+
+def _both(owner: object, student: Tensor, teacher: Tensor) -> str:
+    shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+    return f"{type(owner).__name__}: {shapes}"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
+from typing import ClassVar, TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from distill_fitnet.feature_pairs import Features, as_list
-from distill_fitnet.feature_shapes import Channels, channel_list
+from distill_fitnet.feature_shapes import Channels, channel_list, check_form
+from distill_fitnet.parameters import Parametrized
+
+_Shape = TypeVar("_Shape")
 
 
-class FittedLayers(nn.Module):
+class FittedLayers(Parametrized):
     """A layer for each of the student's features, from its channels to the teacher's.
 
     The layers are built at once where all channels are given, else by ``setup``. A subclass says
@@ -21,6 +27,11 @@ class FittedLayers(nn.Module):
             layer; ``None`` takes them from the features that ``setup`` gets.
         out_channels: channels to give back, likewise; ``None`` takes them from ``like``.
     """
+
+    dimensions: ClassVar[tuple[int, ...]] = (4,)
+    """How many dimensions a feature may have; see ``feature_shapes.FORMS``."""
+    one_layer: ClassVar[bool] = False
+    """Whether features are one tensor and no list."""
 
     def __init__(self, in_channels: Channels = None, out_channels: Channels = None) -> None:
         super().__init__()
@@ -34,7 +45,17 @@ class FittedLayers(nn.Module):
 
     def prepare(self, features: Tensor) -> Tensor:
         """Bring a feature, of the student or of the teacher, to the form that a layer takes."""
+        check_form(self, features, *self.dimensions)
         return features
+
+    def listed(self, features: Features) -> list[Tensor]:
+        """Return features as a list; refuse one where they must be one tensor."""
+        if self.one_layer and not isinstance(features, Tensor):
+            raise ValueError(
+                f"{type(self).__name__}: features must be of one layer, got a list; give each "
+                "layer a module of its own"
+            )
+        return as_list(features)
 
     def setup(self, features: Features, like: Features | None = None) -> None:
         """Build the layers for these features, or check that those already built fit them.
@@ -47,10 +68,10 @@ class FittedLayers(nn.Module):
         Raises:
             ValueError: if shapes and channels do not fit each other, or ``like`` is missing.
         """
-        given = as_list(features)
+        given = self.listed(features)
         self.in_channels = self._fitting("in_channels", self.in_channels, given)
         if like is not None:
-            self.out_channels = self._fitting("out_channels", self.out_channels, as_list(like))
+            self.out_channels = self._fitting("out_channels", self.out_channels, self.listed(like))
         if self.out_channels is None:
             raise ValueError(
                 f"{type(self).__name__}: give out_channels, or wire the teacher's features to "
@@ -59,8 +80,7 @@ class FittedLayers(nn.Module):
         if not self.layers:
             self.build_if_known()
         for layer, feature in zip(self.layers, given, strict=True):
-            wide = feature.dtype == torch.float64
-            layer.to(device=feature.device, dtype=torch.float64 if wide else torch.float32)
+            layer.to(feature.device, torch.promote_types(feature.dtype, torch.float32))
 
     def build_if_known(self) -> None:
         """Build the layers, if all channels are known; a subclass calls this when it is ready."""
@@ -84,16 +104,8 @@ class FittedLayers(nn.Module):
         Returns:
             A tensor for a tensor, a list for a list.
         """
-        given = as_list(features)
-        if not self.layers:
-            raise RuntimeError(
-                f"{type(self).__name__} has no layers yet: call setup with features, or give all "
-                "channels to the constructor"
-            )
-        if len(given) != len(self.layers):
-            raise ValueError(
-                f"{type(self).__name__}: built for {len(self.layers)} features, got {len(given)}"
-            )
+        given = self.listed(features)
+        check_built(self, self.layers, len(given))
         likes = [None] * len(given) if like is None else as_list(like)
         outputs = [
             self.apply_layer(layer, feature, target)
@@ -107,17 +119,40 @@ class FittedLayers(nn.Module):
         output: Tensor = layer(self.prepare(features).to(own.dtype))
         return output
 
-    def extra_repr(self) -> str:
-        """Return the channels as ``print`` shows them."""
-        return f"in_channels={self.in_channels}, out_channels={self.out_channels}"
-
-    def _fitting(self, name: str, channels: list[int] | None, features: list[Tensor]) -> list[int]:
-        """Return the features' channels, unless others are known already."""
+    def _fitting(self, name: str, known: list[int] | None, features: list[Tensor]) -> list[int]:
         found = [self.prepare(feature).shape[1] for feature in features]
-        if channels is not None and channels != found:
-            shapes = ", ".join(str(tuple(feature.shape)) for feature in features)
-            raise ValueError(
-                f"{type(self).__name__}: {name} is {channels}, but features of shape {shapes} "
-                f"have {found}"
-            )
-        return found
+        return settled(self, name, known, found, features)
+
+
+def settled(
+    owner: object, name: str, known: _Shape | None, found: _Shape, features: Sequence[Tensor]
+) -> _Shape:
+    """Return a part of a shape as it is found on features.
+
+    Raises:
+        ValueError: if it was known already, and to be another one.
+    """
+    if known is not None and known != found:
+        shapes = ", ".join(str(tuple(feature.shape)) for feature in features)
+        raise ValueError(
+            f"{type(owner).__name__}: {name} is {known}, but features of shape {shapes} have "
+            f"{found}"
+        )
+    return found
+
+
+def check_built(owner: object, parts: Sized, number: int, what: str = "layers") -> None:
+    """Refuse to work without parts, or with parts for another number of features.
+
+    Raises:
+        RuntimeError: if none are built yet.
+        ValueError: if there is not one for each feature.
+    """
+    kind = type(owner).__name__
+    if not parts:
+        raise RuntimeError(
+            f"{kind} has no {what} yet: call setup with features, or give all shapes to the "
+            "constructor"
+        )
+    if len(parts) != number:
+        raise ValueError(f"{kind}: built for {len(parts)} features, got {number}")

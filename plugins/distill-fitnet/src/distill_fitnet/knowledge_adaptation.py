@@ -6,15 +6,15 @@ import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from distill_fitnet.attention_transfer import check_maps, check_power, unit_vectors
-from distill_fitnet.factor_transfer import Reduction, vector_distance
-from distill_fitnet.feature_pairs import Features, feature_pairs
-from distill_fitnet.fitnet import ConvRegressor, check_same_shape, sum_over_layers
+from distill_fitnet.feature_pairs import PairwiseLoss
+from distill_fitnet.feature_shapes import check_maps, check_same
+from distill_fitnet.fitnet import ConvRegressor
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import check, check_choice
+from distill_fitnet.parameters import Parametrized, check, check_choice, check_power
+from distill_fitnet.vectors import Reduction, unit_vectors, vector_distance
 
 AffinityForm = Literal["channels", "positions"]
 
@@ -57,7 +57,7 @@ class KTAAdapter(ConvRegressor):
         super().__init__(in_channels, out_channels, kernel_size=3, batch_norm=batch_norm, relu=relu)
 
 
-class KTALoss(nn.Module):
+class KTALoss(PairwiseLoss):
     r"""Difference of the student's adapted feature and the teacher's code, both normalised.
 
     .. math::
@@ -88,25 +88,21 @@ class KTALoss(nn.Module):
 
     def __init__(self, p: float = 1.0, q: float = 2.0, reduction: Reduction = "mean") -> None:
         super().__init__()
-        check_power(self, "p", p, whole=False)
-        check_power(self, "q", q, whole=False)
+        check_power(self, "p", p)
+        check_power(self, "q", q)
         check_choice(self, "reduction", reduction, get_args(Reduction))
         self.p = p
         self.q = q
         self.reduction = reduction
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        return sum_over_layers(self, [self._distance(s, t) for s, t in pairs], None)
-
-    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check_same_shape(self, student, teacher, "bring the student's there with a KTAAdapter")
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the difference of one layer's features."""
+        check_same(self, student, teacher, "bring the student's there with a KTAAdapter")
         student, teacher = (unit_vectors(f.flatten(1), self.q) for f in (student, teacher))
         return vector_distance(student, teacher, self.p, self.reduction)
 
 
-class AffinityLoss(nn.Module):
+class AffinityLoss(PairwiseLoss):
     r"""Difference of two features' affinities.
 
     .. math::
@@ -157,18 +153,14 @@ class AffinityLoss(nn.Module):
         self.reduction = reduction
         self.pool = pool
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        return sum_over_layers(self, [self._distance(s, t) for s, t in pairs], None)
-
-    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the difference of one layer's affinities."""
         check_maps(self, student, teacher)
         student, teacher = (
             self._pooled(features).flatten(2) for features in pool_to_smaller(student, teacher)
         )
         if self.form == "channels":
-            check_same_shape(self, student, teacher, "bring the student's there with a KTAAdapter")
+            check_same(self, student, teacher, "bring the student's there with a KTAAdapter")
             student, teacher = unit_vectors(student, dim=2), unit_vectors(teacher, dim=2)
             norms = outer_distance(student, teacher).sum(1)
         else:
@@ -183,7 +175,7 @@ class AffinityLoss(nn.Module):
         return F.avg_pool2d(features, self.pool, ceil_mode=True)
 
 
-class CodeNormLoss(nn.Module):
+class CodeNormLoss(Parametrized):
     r"""Norm of a code, which keeps an auto-encoder's codes small or sparse.
 
     .. math::
@@ -208,7 +200,7 @@ class CodeNormLoss(nn.Module):
 
     def __init__(self, p: float = 1.0) -> None:
         super().__init__()
-        check_power(self, "p", p, whole=False)
+        check_power(self, "p", p)
         self.p = p
 
     def forward(self, code: Tensor) -> Tensor:

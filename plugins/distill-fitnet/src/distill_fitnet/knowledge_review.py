@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, as_list, feature_pairs
-from distill_fitnet.feature_shapes import as_map, check_same
+from distill_fitnet.feature_pairs import Features, PairwiseLoss, as_list
+from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
 from distill_fitnet.parameters import check
 
@@ -102,7 +102,7 @@ class ReviewFusion(FittedLayers):
 
     def prepare(self, features: Tensor) -> Tensor:
         """Return a feature as a map."""
-        return as_map(self, _as_1x1_map(features))
+        return super().prepare(_as_1x1_map(features))
 
     def forward(self, features: Features, like: Features | None = None) -> list[Tensor]:
         """Return a map for each level, from shallow to deep."""
@@ -122,10 +122,6 @@ class ReviewFusion(FittedLayers):
         """Reduce the channels of one level."""
         assert isinstance(layer, _Level)
         return super().apply_layer(layer.reduce, features, like)
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print`` shows them."""
-        return f"{super().extra_repr()}, mid_channels={self.mid_channels}"
 
     def _mid_channels(self) -> int:
         assert self.in_channels is not None, "layers are built when channels are known"
@@ -167,7 +163,7 @@ def _as_1x1_map(features: Tensor) -> Tensor:
     return features[:, :, None, None] if features.ndim == 2 else features
 
 
-class HCLLoss(nn.Module):
+class HCLLoss(PairwiseLoss):
     r"""Hierarchical context loss: squared distance of maps at several sizes, summed over levels.
 
     .. math::
@@ -200,14 +196,10 @@ class HCLLoss(nn.Module):
         super().__init__()
         fits = all(size >= 1 for size in output_sizes)
         check(self, "output_sizes", output_sizes, fits, "a list of whole numbers >= 1")
-        self.output_sizes = tuple(output_sizes)
+        self.output_sizes = list(output_sizes)
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        return torch.stack([self._of_level(*pair) for pair in pairs]).sum()
-
-    def _of_level(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the distance of one level's maps."""
         student, teacher = _as_1x1_map(student), _as_1x1_map(teacher)
         check_same(self, student, teacher, "wire the teacher's features to `like` of ReviewFusion")
         difference = student - teacher
@@ -220,7 +212,3 @@ class HCLLoss(nn.Module):
                 pooled = F.adaptive_avg_pool2d(difference, size)
                 loss = loss + weight * pooled.square().mean()
         return loss / total
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"output_sizes={list(self.output_sizes)}"

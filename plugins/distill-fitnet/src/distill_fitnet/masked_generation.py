@@ -20,8 +20,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_fitnet.feature_pairs import Features, as_list, feature_pairs
-from distill_fitnet.feature_shapes import as_map, check_same
+from distill_fitnet.feature_pairs import Features, PairwiseLoss, as_list
+from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
 from distill_fitnet.parameters import check, check_choice
 
@@ -89,10 +89,6 @@ class MGDGenerator(FittedLayers):
         """Build the alignment and the generator of one feature."""
         return _AlignedGenerator(in_channels, out_channels)
 
-    def prepare(self, features: Tensor) -> Tensor:
-        """Refuse what is no map."""
-        return as_map(self, features)
-
     def setup(
         self, features: Features, like: Features | None = None, noise: Features | None = None
     ) -> None:
@@ -133,10 +129,6 @@ class MGDGenerator(FittedLayers):
         kept = noise >= self.drop if self.kind == "channel" else noise <= 1 - self.drop
         return x * kept
 
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print`` shows them."""
-        return f"kind={self.kind!r}, drop={self.drop}, {super().extra_repr()}"
-
 
 class _AlignedGenerator(nn.Module):
     """The layers for one feature, which ``MGDGenerator`` applies with a mask in between."""
@@ -153,7 +145,7 @@ def _own(layer: nn.Module) -> _AlignedGenerator:
     return layer
 
 
-class MGDLoss(nn.Module):
+class MGDLoss(PairwiseLoss):
     r"""Squared distance between generated maps and the teacher's, summed, for each sample.
 
     .. math::
@@ -183,19 +175,8 @@ class MGDLoss(nn.Module):
         check(self, "alpha", alpha, 0 <= alpha < math.inf, "a finite number >= 0")
         self.alpha = alpha
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        for student, teacher in pairs:
-            check_same(
-                self,
-                student,
-                teacher,
-                "MGDGenerator changes channels only: capture maps of the same height and width",
-            )
-        distances = torch.stack([(student - teacher).square().sum() for student, teacher in pairs])
-        return distances.sum() * (self.alpha / len(pairs[0][0]))
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"alpha={self.alpha}"
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the squared distance of one layer's maps for each sample."""
+        advice = "MGDGenerator changes channels only: capture maps of the same height and width"
+        check_same(self, student, teacher, advice)
+        return (student - teacher).square().sum() * (self.alpha / len(student))

@@ -6,13 +6,14 @@ import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, feature_pairs
+from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps
 from distill_fitnet.map_sizes import pool_to_smaller
 from distill_fitnet.parameters import check, check_choice
+from distill_fitnet.vectors import unit_vectors
 
 Kernel = Literal["polynomial", "linear", "gaussian"]
 
@@ -20,7 +21,7 @@ SMALLEST_NORM = 1e-12
 """A channel whose norm is not larger is dead: it counts as the vector 0, without a gradient."""
 
 
-class NSTLoss(nn.Module):
+class NSTLoss(PairwiseLoss):
     r"""Squared maximum mean discrepancy of the channels, as sets of normalised maps.
 
     .. math::
@@ -72,50 +73,63 @@ class NSTLoss(nn.Module):
         self.degree = degree
         self.offset = offset
 
-    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
-        """Return the loss of a batch as a scalar; see the class for shapes."""
-        pairs = feature_pairs(student_features, teacher_features)
-        return torch.stack([self._layer_loss(*pair) for pair in pairs]).sum()
-
-    def _layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the discrepancy of one layer's channels."""
         check_maps(self, student, teacher)
-        student, teacher = pool_to_smaller(student, teacher)
-        students, teachers = _unit_channels(student), _unit_channels(teacher)
-        channels = torch.cat([students, teachers], dim=1)
-        # Autocast would multiply in half precision.
-        with torch.autocast(channels.device.type, enabled=False):
-            products = channels @ channels.mT
-        kernel = self._kernel(products)
-        # With weight 1/C_s for a channel of the student and -1/C_t for one of the teacher, the
-        # three sums are one quadratic form.
-        weights = torch.cat(
-            [
-                products.new_full((students.shape[1],), 1 / students.shape[1]),
-                products.new_full((teachers.shape[1],), -1 / teachers.shape[1]),
-            ]
+        students, teachers = (
+            unit_vectors(features.flatten(2), dim=2, smallest=SMALLEST_NORM)
+            for features in pool_to_smaller(student, teacher)
         )
-        return (kernel * torch.outer(weights, weights)).sum((1, 2)).mean()
+        channels = students.shape[1] + teachers.shape[1]
+        # Autocast would multiply in half precision.
+        with torch.autocast(students.device.type, enabled=False):
+            if self.kernel == "linear":
+                return _squared_distance(students.mean(1), teachers.mean(1))
+            quadratic = self.kernel == "polynomial" and self.degree == 2
+            if quadratic and students.shape[2] < channels:
+                return self._over_positions(students, teachers)
+            return self._over_channels(students, teachers)
 
-    def _kernel(self, products: Tensor) -> Tensor:
-        """Return k(x, y) for all pairs of channels, from their products (B, C, C)."""
-        if self.kernel == "linear":
-            return products
+    def _over_positions(self, students: Tensor, teachers: Tensor) -> Tensor:
+        """Return the discrepancy with (x . y + c)^2 by matrices of positions, not of channels.
+
+        The sum over all pairs of (x_i . x_j)^2, times their weights, is the squared norm of the sum
+        over all i of x_i x_i^T, times its weight; weights add up to 0, so that c^2 cancels.
+        """
+        ours, theirs = (side.mT @ side / side.shape[1] for side in (students, teachers))
+        discrepancy = _squared_distance(ours, theirs)
+        if self.offset:
+            means = _squared_distance(students.mean(1), teachers.mean(1))
+            discrepancy = discrepancy + 2 * self.offset * means
+        return discrepancy
+
+    def _over_channels(self, students: Tensor, teachers: Tensor) -> Tensor:
+        """Return the discrepancy by the kernel of all pairs of channels."""
+        sides = (students, students), (teachers, teachers), (students, teachers)
+        products = [first @ second.mT for first, second in sides]
+        own, others, mixed = self._kernels(*products)
+        return own.mean() + others.mean() - 2 * mixed.mean()
+
+    def _kernels(self, own: Tensor, others: Tensor, mixed: Tensor) -> list[Tensor]:
+        """Return k(x, y) from products, of channels of the student, of the teacher, of both."""
         if self.kernel == "polynomial":
-            return (products + self.offset).pow(self.degree)
-        norms = products.diagonal(dim1=1, dim2=2)
-        distances = (norms.unsqueeze(1) + norms.unsqueeze(2) - 2 * products).clamp(min=0)
+            return [(products + self.offset).pow(self.degree) for products in (own, others, mixed)]
+        ours, theirs = (products.diagonal(dim1=1, dim2=2) for products in (own, others))
+        distances = [
+            (first.unsqueeze(2) + second.unsqueeze(1) - 2 * products).clamp(min=0)
+            for first, second, products in (
+                (ours, ours, own),
+                (theirs, theirs, others),
+                (ours, theirs, mixed),
+            )
+        ]
+        same, same_others, between = (each.detach().sum((1, 2)) for each in distances)
+        pairs = (ours.shape[1] + theirs.shape[1]) ** 2
         # 0 where all channels are the same.
-        spread = distances.detach().mean((1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
-        return torch.exp(-distances / (2 * spread))
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"kernel={self.kernel!r}, degree={self.degree}, offset={self.offset}"
+        spread = ((same + same_others + 2 * between) / pairs).clamp(min=SMALLEST_NORM)
+        return [torch.exp(-each / (2 * spread.view(-1, 1, 1))) for each in distances]
 
 
-def _unit_channels(features: Tensor) -> Tensor:
-    """Return maps (B, C, H, W) as unit vectors (B, C, H * W)."""
-    flat = features.flatten(2)
-    alive = flat.detach().norm(dim=2, keepdim=True) > SMALLEST_NORM
-    # Where a channel is dead the slope of the normalisation is 1 / SMALLEST_NORM.
-    return torch.where(alive, F.normalize(flat, dim=2, eps=SMALLEST_NORM), 0.0)
+def _squared_distance(first: Tensor, second: Tensor) -> Tensor:
+    """Return the squared distance of one sample's matrices, averaged over the samples."""
+    return F.mse_loss(first, second, reduction="sum") / len(first)

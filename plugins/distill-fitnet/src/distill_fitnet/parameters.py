@@ -1,8 +1,22 @@
-"""Parameters of losses and modules: refused with one sentence where they are out of range."""
+"""Parameters of losses and modules: refused with one sentence where out of range, and shown."""
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
+
+
+class Parametrized(nn.Module):
+    """A module that keeps its constructor's parameters under their names, and prints them."""
+
+    def extra_repr(self) -> str:
+        """Return the parameters as ``print`` shows them."""
+        names = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def check(owner: object, name: str, value: object, fits: bool, allowed: str) -> None:
@@ -19,3 +33,17 @@ def check(owner: object, name: str, value: object, fits: bool, allowed: str) -> 
 def check_choice(owner: object, name: str, value: str, known: tuple[Any, ...]) -> None:
     """Refuse a value that is none of the ``known`` ones."""
     check(owner, name, value, value in known, f"one of {', '.join(map(repr, known))}")
+
+
+def check_layer_weights(owner: object, layer_weights: Sequence[float] | None) -> None:
+    """Refuse layer weights that are negative or not finite."""
+    fits = layer_weights is None or all(0 <= weight < math.inf for weight in layer_weights)
+    allowed = "finite numbers >= 0, one for each layer, or None"
+    check(owner, "layer_weights", layer_weights, fits, allowed)
+
+
+def check_power(owner: object, name: str, power: float, whole: bool = False) -> None:
+    """Refuse powers below 1, and fractions where negative numbers are to be raised to them."""
+    check(owner, name, power, 1 <= power < math.inf, "a finite number >= 1")
+    if whole:
+        check(owner, name, power, power % 1 == 0, "whole, since features may be negative")

@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_fitnet.feature_pairs import Features, as_list, feature_pairs
+from distill_fitnet.feature_pairs import Features, as_list, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import check, check_choice
+from distill_fitnet.parameters import Parametrized, check, check_choice
 
 Reduction = Literal["mean", "sum"]
 
@@ -64,7 +64,7 @@ class PADVariance(FittedLayers):
         return features.flatten(1)
 
 
-class PADLoss(nn.Module):
+class PADLoss(Parametrized):
     r"""Squared distance of the embeddings, each dimension divided by a variance of its own.
 
     .. math::
@@ -112,7 +112,7 @@ class PADLoss(nn.Module):
         if len(variances) != len(pairs):
             raise ValueError(f"PADLoss: {len(variances)} log variances for {len(pairs)} layers")
         both = zip(pairs, variances, strict=True)
-        return torch.stack([self._layer_loss(*pair, variance) for pair, variance in both]).sum()
+        return sum_over_layers(self, [self._layer_loss(*pair, variance) for pair, variance in both])
 
     def _layer_loss(self, student: Tensor, teacher: Tensor, log_variance: Tensor) -> Tensor:
         check_same(self, student, teacher, "add an auxiliary module that projects the student's")
@@ -128,7 +128,3 @@ class PADLoss(nn.Module):
         precision = torch.exp(-torch.logaddexp(log_variance, torch.full_like(log_variance, floor)))
         per_sample = ((student - teacher).square() * precision + log_variance).mean(dim=1)
         return per_sample.mean() if self.reduction == "mean" else per_sample.sum()
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"eps={self.eps}, reduction={self.reduction!r}"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, feature_pairs
+from distill_fitnet.feature_pairs import Features, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import check, check_choice
+from distill_fitnet.parameters import Parametrized, check, check_choice
+from distill_fitnet.vectors import as_vectors
 
 Reduction = Literal["batchmean", "mean", "sum"]
 
@@ -58,10 +59,10 @@ class SRDProjector(FittedLayers):
 
     def prepare(self, features: Tensor) -> Tensor:
         """Average maps over their positions."""
-        return _as_vectors(self, features)
+        return as_vectors(self, features)
 
 
-class SRDLoss(nn.Module):
+class SRDLoss(Parametrized):
     r"""Logarithm of the summed, high-powered distances of batch-normalised features, plus KL.
 
     .. math::
@@ -141,7 +142,7 @@ class SRDLoss(nn.Module):
     ) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
         pairs = feature_pairs(student_features, teacher_features)
-        distances = torch.stack([self._log_distance(*pair) for pair in pairs]).sum()
+        distances = sum_over_layers(self, [self._log_distance(*pair) for pair in pairs])
         loss = self.feature_weight * distances
         if self.kl_weight == 0:
             return loss
@@ -152,7 +153,7 @@ class SRDLoss(nn.Module):
         return loss + self.kl_weight * self._divergence(student, teacher)
 
     def _log_distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        student, teacher = _as_vectors(self, student), _as_vectors(self, teacher)
+        student, teacher = as_vectors(self, student), as_vectors(self, teacher)
         check_same(self, student, teacher, "project the student's with SRDProjector")
         if self.normalize:
             student, teacher = self._normalized(student), self._normalized(teacher)
@@ -172,23 +173,3 @@ class SRDLoss(nn.Module):
         total = F.kl_div(log_student, teacher_classes, reduction="sum")
         counts = {"batchmean": len(student), "mean": student.numel(), "sum": 1}
         return total / counts[self.reduction]
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return (
-            f"exponent={self.exponent}, feature_weight={self.feature_weight}, "
-            f"kl_weight={self.kl_weight}, temperature={self.temperature}, "
-            f"normalize={self.normalize}, norm_eps={self.norm_eps}, reduction={self.reduction!r}"
-        )
-
-
-def _as_vectors(owner: object, features: Tensor) -> Tensor:
-    """Return vectors (B, C) as they are, and maps (B, C, H, W) averaged over their positions."""
-    if features.ndim == 4:
-        return features.mean((2, 3))
-    if features.ndim != 2:
-        raise ValueError(
-            f"{type(owner).__name__}: features must be maps (B, C, H, W) or vectors (B, C), "
-            f"got {tuple(features.shape)}"
-        )
-    return features

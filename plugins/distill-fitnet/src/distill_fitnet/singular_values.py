@@ -6,21 +6,24 @@ import math
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, Pair, feature_pairs
+from distill_fitnet.feature_pairs import Features, Pair, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import check_maps
-from distill_fitnet.parameters import check
+from distill_fitnet.parameters import Parametrized, check
+from distill_fitnet.vectors import unit_vectors
 
 
-class KDSVDLoss(nn.Module):
+class KDSVDLoss(Parametrized):
     r"""Squared difference of how the main directions of adjacent layers relate.
 
     Each sample's map is a matrix, positions x channels, of which the singular vectors on the side
     of the channels are taken:
 
-    1. The teacher's first k vectors :math:`t_j`, and the student's first k + ``spare``.
+    1. The teacher's first k vectors :math:`t_j`, and the student's first k + ``spare``. Nothing
+       determines a vector's sign, which matters in step 4: the teacher's are turned so that their
+       components add up to a positive number.
     2. For each :math:`t_j` the student's vector of largest absolute cosine with it, with the sign
        turned to agree, is :math:`s_j`.
     3. Both are multiplied by the teacher's j-th singular value, where its first k are divided by
@@ -32,9 +35,10 @@ class KDSVDLoss(nn.Module):
     .. math::
         L = \frac{1}{B} \sum_{l > 1} \sum_{b,j,a,c} \left( r^s_j(a, c) - r^t_j(a, c) \right)^2
 
-    These are the steps of RepDistiller's code. The authors' own differs: half of the sum over the
-    batch, not divided by B, times the square root of k, and k + 1 candidates. mdistiller decomposes
-    another matrix, channels and rows x columns.
+    These are the steps of RepDistiller's code, where signs are those that the decomposition happens
+    to give; behind a ReLU and with k = 1 that is the same. The authors' own differs: half of the
+    sum over the batch, not divided by B, times the square root of k, and k + 1 candidates.
+    mdistiller decomposes another matrix, channels and rows x columns.
 
     The gradient of singular vectors divides by the gaps between squared singular values. Here a gap
     that is lost in rounding (relative to the larger value, below the square root of the type's
@@ -42,7 +46,8 @@ class KDSVDLoss(nn.Module):
     gradients; elsewhere the gradient is that of ``torch.linalg.svd``. Second derivatives are not
     meant to be taken.
 
-    A decomposition of every sample's map is slow, and on a GPU it makes the host wait.
+    Each sample's map needs a decomposition, of a matrix of its channels or positions, whichever are
+    fewer. That is slow, and on a GPU it makes the host wait.
 
     Args:
         k: singular vectors to compare, >= 1.
@@ -83,7 +88,7 @@ class KDSVDLoss(nn.Module):
         with torch.autocast(pairs[0][0].device.type, enabled=False):
             vectors = [self._aligned(*pair) for pair in pairs]
             losses = [self._relation_loss(above, below) for below, above in pairwise(vectors)]
-        return torch.stack(losses).sum() / len(pairs[0][0])
+        return sum_over_layers(self, losses) / len(pairs[0][0])
 
     def _aligned(self, student: Tensor, teacher: Tensor) -> Pair:
         """Return the vectors (B, C, k) of student and teacher that belong together."""
@@ -93,6 +98,7 @@ class KDSVDLoss(nn.Module):
         self._check_size(student)
         self._check_size(teacher)
         target, values = right_singular_vectors(teacher, self.k)
+        target = torch.where(target.sum(1, keepdim=True) < 0, -target, target)
         candidates, _ = right_singular_vectors(student, self.k + self.spare)
         cosines = candidates.detach().mT @ target
         best = cosines.abs().argmax(dim=1, keepdim=True)
@@ -102,10 +108,18 @@ class KDSVDLoss(nn.Module):
 
     def _relation_loss(self, above: Pair, below: Pair) -> Tensor:
         student, teacher = (
-            torch.exp(-(high.unsqueeze(2) - low.unsqueeze(1)).square() / self.width)
-            for high, low in zip(above, below, strict=True)
+            self._relations(high.mT, low.mT) for high, low in zip(above, below, strict=True)
         )
-        return (student - teacher).square().sum()
+        return F.mse_loss(student, teacher, reduction="sum")
+
+    def _relations(self, high: Tensor, low: Tensor) -> Tensor:
+        """Return exp(-(h_a - l_c)^2 / w) for all pairs of channels, (B, k, C, C')."""
+        # The square is multiplied out: so one product gives the exponent of all pairs, which are
+        # the many numbers here.
+        one = torch.ones_like
+        left = torch.stack((2 * high, -high.square(), -one(high)), dim=-1) / self.width
+        right = torch.stack((low, one(low), low.square()), dim=-2)
+        return (left @ right).exp_()
 
     def _check_size(self, features: Tensor) -> None:
         channels, height, width = features.shape[1:]
@@ -114,10 +128,6 @@ class KDSVDLoss(nn.Module):
                 f"KDSVDLoss: maps {tuple(features.shape)} have fewer than k = {self.k} channels or "
                 "positions"
             )
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"k={self.k}, spare={self.spare}, width={self.width}"
 
 
 def right_singular_vectors(features: Tensor, count: int) -> Pair:
@@ -128,33 +138,38 @@ def right_singular_vectors(features: Tensor, count: int) -> Pair:
         count: how many; at most as many as there are are returned.
 
     Returns:
-        Vectors (B, C, count), with a gradient, and values (B, count), without.
+        Vectors (B, C, count), with a gradient, and values (B, count), without. A vector whose
+        singular value is 0 is 0.
     """
-    matrix = features.flatten(2).mT
+    rows = features.flatten(2)
+    if rows.shape[1] <= rows.shape[2]:
+        vectors, squares = leading_eigenvectors(rows, count)
+    else:
+        # The other side has less to decompose: v_i is A^T u_i, divided by its norm.
+        positions, squares = leading_eigenvectors(rows.mT, count)
+        vectors = unit_vectors(rows @ positions, smallest=torch.finfo(rows.dtype).tiny)
+    return vectors, squares.clamp(min=0).sqrt()
+
+
+def leading_eigenvectors(rows: Tensor, count: int) -> Pair:
+    """Return eigenvectors (B, N, count) of R R^T by falling eigenvalue, and these values.
+
+    The vectors have a gradient, that of perturbation theory: with M = R R^T, v_i moves by the sum
+    over j of v_j (v_j . dM v_i) / (value_i - value_j).
+
+    Args:
+        rows: R, (B, N, M).
+        count: how many; at most N are returned.
+    """
     with torch.no_grad():
-        _, values, rows = torch.linalg.svd(matrix.detach(), full_matrices=False)
-    vectors = rows.mT
-    first = vectors[:, :, :count]
-    if matrix.requires_grad:
-        first = first + _first_order_change(matrix, vectors, values.square(), count)
-    return first, values[:, :count]
-
-
-def _first_order_change(matrix: Tensor, vectors: Tensor, squares: Tensor, count: int) -> Tensor:
-    """Return 0 for each of the first vectors, with the gradient that the vector has.
-
-    Perturbation of the eigenvectors of G = A^T A: v_i moves by the sum over j of
-    v_j (v_j . dG v_i) / (square_i - square_j). Where A has fewer rows than columns, what lies
-    outside of all v_j belongs to the eigenvalue 0.
-    """
-    first = vectors[:, :, :count]
-    change = matrix.mT @ (matrix @ first)
-    change = change - change.detach()
-    along = vectors.mT @ change
-    outside = change - vectors @ along
-    leading = squares[:, None, :count]
-    along = along * _damped_inverse(leading, squares.unsqueeze(2))
-    return vectors @ along + outside * _damped_inverse(leading, torch.zeros_like(leading))
+        values, vectors = (found.flip(-1) for found in torch.linalg.eigh(rows @ rows.mT))
+    first, leading = vectors[:, :, :count], values[:, :count]
+    if rows.requires_grad:
+        change = rows @ (rows.mT @ first)
+        along = vectors.mT @ (change - change.detach())
+        along = along * _damped_inverse(leading.unsqueeze(1), values.unsqueeze(2))
+        first = first + vectors @ along
+    return first, leading
 
 
 def _damped_inverse(value: Tensor, other: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from distill_fitnet.activation_boundaries import ABConnector
 from distill_fitnet.feature_pairs import feature_pairs
 from distill_fitnet.feature_shapes import check_same
-from distill_fitnet.parameters import check
+from distill_fitnet.parameters import Parametrized, check
+from distill_fitnet.vectors import as_vectors
 
 
 class SRRLConnector(ABConnector):
@@ -55,6 +56,8 @@ class SRRLConnector(ABConnector):
     Source: see ``SRRLLoss``.
     """
 
+    one_layer = True
+
     def __init__(self, in_channels: int | None = None, out_channels: int | None = None) -> None:
         super().__init__(in_channels, out_channels)
 
@@ -72,7 +75,7 @@ class SRRLConnector(ABConnector):
         return {"map": adapted, "pooled": adapted.mean((2, 3))}
 
 
-class SRRLLoss(nn.Module):
+class SRRLLoss(Parametrized):
     r"""Distance of pooled features plus distance of the logits that the teacher's head makes.
 
     .. math::
@@ -89,7 +92,7 @@ class SRRLLoss(nn.Module):
             is also the default of cls_KD.
 
     Shape:
-        - student_features, teacher_features: maps (B, C, ...) of any sizes, or pooled (B, C).
+        - student_features, teacher_features: maps (B, C, H, W) of any sizes, or pooled (B, C).
         - student_logits: the teacher's head on the pooled adapted features, (B, K).
         - teacher_logits: (B, K).
         - returns: scalar, computed in float32 or wider. Only the student's side gets gradients.
@@ -120,16 +123,7 @@ class SRRLLoss(nn.Module):
         features, logits = feature_pairs(
             [student_features, student_logits], [teacher_features, teacher_logits]
         )
-        student, teacher = _pooled(features[0]), _pooled(features[1])
+        student, teacher = (as_vectors(self, feature) for feature in features)
         check_same(self, student, teacher, "adapt the student's map with SRRLConnector")
         check_same(self, *logits, "student_logits come from the teacher's head")
         return self.alpha * F.mse_loss(student, teacher) + self.beta * F.mse_loss(*logits)
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"alpha={self.alpha}, beta={self.beta}"
-
-
-def _pooled(features: Tensor) -> Tensor:
-    """Return features (B, C, ...) averaged over all positions."""
-    return features if features.ndim <= 2 else features.flatten(2).mean(2)

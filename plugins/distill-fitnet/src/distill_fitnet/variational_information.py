@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_fitnet.feature_pairs import Features, as_list, feature_pairs
-from distill_fitnet.feature_shapes import as_map, channel_list, check_same
-from distill_fitnet.fitted_layers import FittedLayers
+from distill_fitnet.feature_pairs import Features, as_list, feature_pairs, sum_over_layers
+from distill_fitnet.feature_shapes import channel_list, check_same
+from distill_fitnet.fitted_layers import FittedLayers, check_built, settled
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import check
+from distill_fitnet.parameters import Parametrized, check
 
 
 class VIDRegressor(FittedLayers):
@@ -67,22 +67,14 @@ class VIDRegressor(FittedLayers):
             nn.Conv2d(middle, out_channels, kernel_size=1, bias=False),
         )
 
-    def prepare(self, features: Tensor) -> Tensor:
-        """Refuse features that are no maps."""
-        return as_map(self, features)
-
     def apply_layer(self, layer: nn.Module, features: Tensor, like: Tensor | None) -> Tensor:
         """Pool the student's map if it is the larger one, and predict the teacher's."""
         if like is not None:
             features, _ = pool_to_smaller(self.prepare(features), self.prepare(like))
         return super().apply_layer(layer, features, like)
 
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print`` shows them."""
-        return f"{super().extra_repr()}, mid_channels={self.mid_channels}"
 
-
-class VIDLoss(nn.Module):
+class VIDLoss(Parametrized):
     r"""Negative log-likelihood of the teacher's features, with a learned variance per channel.
 
     .. math::
@@ -142,31 +134,18 @@ class VIDLoss(nn.Module):
         """
         pairs = feature_pairs(student_features, teacher_features)
         found = [self._comparable(*pair)[0].shape[1] for pair in pairs]
-        if self.channels is None:
+        self.channels = settled(self, "channels", self.channels, found, as_list(student_features))
+        if not self.raw_variances:
             self._build(found)
-        self.channels = self.channels or found
-        if self.channels != found:
-            shapes = ", ".join(str(tuple(feature.shape)) for feature in as_list(student_features))
-            raise ValueError(
-                f"VIDLoss: channels is {self.channels}, but features of shape {shapes} have {found}"
-            )
         for raw, (student, _) in zip(self.raw_variances, pairs, strict=True):
             raw.data = raw.data.to(student)
 
     def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
         pairs = feature_pairs(student_features, teacher_features)
-        if not self.raw_variances:
-            raise RuntimeError(
-                "VIDLoss has no variances yet: call setup with features, or give channels to the "
-                "constructor"
-            )
-        if len(pairs) != len(self.raw_variances):
-            raise ValueError(
-                f"VIDLoss: built for {len(self.raw_variances)} layers, got {len(pairs)}"
-            )
+        check_built(self, self.raw_variances, len(pairs), "variances")
         both = zip(self.raw_variances, pairs, strict=True)
-        return torch.stack([self._layer_loss(raw, *pair) for raw, pair in both]).sum()
+        return sum_over_layers(self, [self._layer_loss(raw, *pair) for raw, pair in both])
 
     def _build(self, channels: list[int]) -> None:
         start = self.initial_variance - self.eps
@@ -189,7 +168,3 @@ class VIDLoss(nn.Module):
         gap = (student - teacher).square() / variance.view(shape)
         # Every channel has as many elements, so their mean is that of the log variances.
         return 0.5 * (gap.mean() + variance.log().mean())
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return f"channels={self.channels}, initial_variance={self.initial_variance}, eps={self.eps}"

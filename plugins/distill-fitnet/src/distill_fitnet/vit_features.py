@@ -38,15 +38,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from distill_fitnet.feature_pairs import Features, feature_pairs
+from distill_fitnet.feature_pairs import Features, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import Channels, check_same
 from distill_fitnet.fitted_layers import FittedLayers
 from distill_fitnet.masked_generation import conv_generator
-from distill_fitnet.parameters import check
+from distill_fitnet.parameters import Parametrized, check
 
 
 class _FittedTokens(FittedLayers):
     """Layers over the patches' tokens of sequences (B, class_tokens + N, D)."""
+
+    dimensions = (3,)
 
     def __init__(self, class_tokens: int, in_channels: Channels, out_channels: Channels) -> None:
         super().__init__(in_channels, out_channels)
@@ -55,20 +57,11 @@ class _FittedTokens(FittedLayers):
 
     def prepare(self, features: Tensor) -> Tensor:
         """Return the patches' tokens as (B, D, N): the base looks for channels in dimension 1."""
-        if features.ndim != 3:
-            raise ValueError(
-                f"{type(self).__name__}: features must be tokens (B, N, D), "
-                f"got {tuple(features.shape)}"
-            )
-        return features[:, self.class_tokens :].transpose(1, 2)
+        return super().prepare(features)[:, self.class_tokens :].transpose(1, 2)
 
     def patches(self, features: Tensor) -> Tensor:
         """Return the patches' tokens (B, N, D)."""
         return self.prepare(features).transpose(1, 2)
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print`` shows them."""
-        return f"class_tokens={self.class_tokens}, {super().extra_repr()}"
 
 
 class ViTKDMimic(_FittedTokens):
@@ -149,6 +142,8 @@ class ViTKDGenerator(_FittedTokens):
     Source: see ``ViTKDLoss``.
     """
 
+    one_layer = True  # a loss takes what is generated for one
+
     def __init__(
         self,
         masking: float = 0.5,
@@ -220,10 +215,6 @@ class ViTKDGenerator(_FittedTokens):
             )
         return side
 
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print`` shows them."""
-        return f"masking={self.masking}, {super().extra_repr()}"
-
 
 class _TokenGenerator(nn.Module):
     """The layers of ``ViTKDGenerator``, which applies them with a mask in between."""
@@ -235,7 +226,7 @@ class _TokenGenerator(nn.Module):
         self.generation = conv_generator(out_channels)
 
 
-class ViTKDLoss(nn.Module):
+class ViTKDLoss(Parametrized):
     r"""Squared distance of mimicked shallow tokens, and of generated ones where they were masked.
 
     .. math::
@@ -294,7 +285,7 @@ class ViTKDLoss(nn.Module):
     ) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
         differences = [self._difference(*pair) for pair in feature_pairs(student_low, teacher_low)]
-        mimicked = torch.stack([difference.square().sum() for difference in differences]).sum()
+        mimicked = sum_over_layers(self, [difference.square().sum() for difference in differences])
         [high] = [self._difference(*pair) for pair in feature_pairs(student_high, teacher_high)]
         if mask.shape != high.shape[:2]:
             raise ValueError(
@@ -311,13 +302,6 @@ class ViTKDLoss(nn.Module):
         )
         check_same(self, student, teacher, advice)
         return student - teacher
-
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return (
-            f"alpha={self.alpha}, beta={self.beta}, masking={self.masking}, "
-            f"class_tokens={self.class_tokens}"
-        )
 
 
 def _check_class_tokens(owner: object, number: int) -> None:
