@@ -212,6 +212,18 @@ def test_references_in_a_row_are_those_of_the_model_and_of_the_module_in_it(
     torch.testing.assert_close(found, of_row(assembly.roles["student"], assembly.auxiliary))
 
 
+@pytest.mark.parametrize("reference", ["student.body.0", "student.body.-2", "student.body_0"])
+def test_a_modules_path_stays_where_it_has_another_place_in_the_row(tmp_path, reference):
+    hint = {"type": "L1Loss", "inputs": {"input": reference, "target": "student.body.1"}}
+    student = {"model": "mlp", "redesign": row("body.0", "body.1", "head")}
+    ready = seed_run(tmp_path, {"student": student, "criterion": {"hint": hint}})
+    assembly = ready.assemble(ready.builder.experiment.stages[0])
+    assert set(assembly.distiller.captures["student"].paths) == {"body_0", "body_1"}
+    values, body = assembly.distiller.values(batch()), assembly.roles["student"].body
+    assembly.distiller.release()
+    assert torch.equal(values["student.body_0"], body[0](inputs()))
+
+
 def test_an_auxiliary_module_may_be_fed_by_the_one_in_a_row(tmp_path):
     stage = {
         "student": {"model": "mlp", "redesign": row("body", {"auxiliary": "scale"}, "head")},
