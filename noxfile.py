@@ -68,9 +68,11 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure distill's loop against a hand-written one; arguments behind -- go to it."""
+    """Measure the loop, hint training and losses; behind -- which of them, and its arguments."""
     _install(session)
-    session.run("python", "benchmarks/loop.py", *session.posargs)
+    chosen, *arguments = session.posargs or ["all"]
+    for name in ("loop", "hints", "losses") if chosen == "all" else (chosen,):
+        session.run("python", f"benchmarks/{name}.py", *arguments)
 
 
 def _install(session: nox.Session, *tools: str) -> None:

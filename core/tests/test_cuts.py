@@ -284,7 +284,9 @@ def test_weights_after_training_are_those_of_the_whole_models(tmp_path, name, la
         ready = counting(tmp_path / folder, {**stage, "data": UNMEASURED}, **of_class(name))
         train_stage(ready, 0)
         after.append(dict(ready.models["s"].named_parameters()))
-        assert (ready.models["s"].head.calls > 0) is (folder == "whole")
+        # Which call is the last, only the end of the module around it tells.
+        runs_on = folder == "whole" or "@-" in layer
+        assert (ready.models["s"].head.calls > 0) is runs_on
     assert all(torch.equal(value, after[1][name]) for name, value in after[0].items())
 
 
@@ -358,7 +360,6 @@ def test_a_student_of_which_nothing_is_asked_does_not_run_and_stays_to_the_last_
     assert start.trainable == 72
 
 
-@pytest.mark.xfail(strict=True, reason="it is told not to run, and is not measured")
 def test_a_student_of_which_only_weights_are_asked_is_measured(tmp_path):
     inputs = {"input": "student.head.weight", "target": "teacher.head.weight"}
     stage = {**hint(), "criterion": {"near": {"type": "MSELoss", "inputs": inputs}}}
@@ -391,7 +392,6 @@ def test_a_layer_called_several_times_stops_the_model_behind_the_call_asked_for(
     assert len(made) == STEPS * expected
 
 
-@pytest.mark.xfail(strict=True, reason="calls are counted once, in the rehearsal")
 def test_the_last_call_is_the_last_where_their_number_changes(tmp_path):
     ready = seed_run(tmp_path, hint("act@-1"), **of_class("Repeating"))
     with ExitStack() as stack:
@@ -423,7 +423,6 @@ def test_layers_dropped_at_random_in_training_keep_their_parameters(tmp_path):
     assert False in rehearsed
 
 
-@pytest.mark.xfail(strict=True, reason="whether anything reaches the head is tried in eval mode")
 def test_a_layer_that_runs_in_training_only_may_be_asked_for(tmp_path):
     stage = hint("side")
     stage["criterion"]["hint"]["inputs"]["target"] = "teacher.head"
@@ -510,7 +509,6 @@ def test_two_processes_train_a_cut_stage_to_the_weights_of_one(tmp_path):
             torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(run=False, reason="weights are gathered for the output's backward only")
 def test_a_stage_that_asks_for_features_alone_can_be_sharded(tmp_path):
     toy_experiment(tmp_path, hint("second", parallel="fsdp", epochs=1), **of_class("Chain"))
     run_processes(__file__, str(tmp_path))

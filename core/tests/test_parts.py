@@ -216,7 +216,6 @@ def rehearsed(ready, stage):
         return prepare(ready, stage, stack)
 
 
-@pytest.mark.xfail(strict=True, reason="buffers_kept takes away what setup registers")
 def test_a_buffer_registered_while_shapes_are_found_stays(tmp_path):
     remember = {"type": "Remembering", "inputs": {"input": "student.body"}}
     mean = {"type": "MSELoss", "inputs": {"input": "bank", "target": "student.body"}}

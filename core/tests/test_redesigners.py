@@ -307,7 +307,6 @@ def test_needed_is_what_a_stage_does_unless_it_is_told_otherwise(tmp_path):
     assert extents == {"needed": "part", "whole": "whole", None: "part"}
 
 
-@pytest.mark.xfail(strict=True, reason="a redesign makes a role 'whole', and so it is called")
 def test_an_empty_student_does_not_run_while_an_auxiliary_module_learns_from_the_teacher(tmp_path):
     learn = {"type": "Linear", "params": {"in_features": 12, "out_features": 12}}
     stage = {
@@ -324,7 +323,6 @@ def test_an_empty_student_does_not_run_while_an_auxiliary_module_learns_from_the
     assert all(torch.equal(v, before[n]) for n, v in ready.models["mlp"].state_dict().items())
 
 
-@pytest.mark.xfail(strict=True, reason="the output of the row is taken for the model's")
 def test_classes_are_not_counted_in_the_output_of_a_redesigned_model(tmp_path):
     hint = {"type": "MSELoss", "inputs": {"input": "student", "target": "teacher.body.0"}}
     stage = {

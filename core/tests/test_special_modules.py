@@ -172,13 +172,11 @@ def test_such_a_stage_comes_to_the_weights_of_one_with_the_loss_written_out(tmp_
         torch.testing.assert_close(value, expected[name])
 
 
-@pytest.mark.xfail(strict=True, reason="the student is left in eval mode but not what calls it")
 def test_a_model_with_its_own_loss_may_have_parameters_that_nothing_reaches(tmp_path):
     stage = {**DETECT, **student("WithTargets", redesign="whole")}
     train_stage(seed_run(tmp_path, stage, models={"mlp": {"type": "Spare"}}), 0)
 
 
-@pytest.mark.xfail(strict=True, reason="the model is in eval mode then but not what calls it")
 def test_a_data_set_of_one_sample_can_be_rehearsed(tmp_path):
     one = {"train": {"type": "ToyData", "params": {"size": 1}}}
     stage = {**DETECT, "data": {"train": "train", "batch_size": 1}}

@@ -15,6 +15,8 @@ from distill.reference import each_reference
 
 KINDS = ("type", "module", "reuse")
 
+FROZEN_WITH_MODEL = "a model's module is frozen with its model, by 'freeze'"
+
 Auxiliaries = Mapping[str, Auxiliary]
 
 
@@ -60,7 +62,7 @@ def _check_kind(resolver: Resolver, given: Mapping[str, Any], place: Path) -> No
     if "params" in given and kinds and "type" not in given:
         resolver.fault((*place, "params"), f"'{kinds[0]}' takes no params; they belong to 'type'")
     if "frozen" in given and "module" in given:
-        resolver.fault((*place, "frozen"), "a model's module is frozen with its model, by 'freeze'")
+        resolver.fault((*place, "frozen"), FROZEN_WITH_MODEL)
 
 
 def _check_new(resolver: Resolver, name: str, place: Path, known: Auxiliaries) -> None:
@@ -94,6 +96,8 @@ def _carried_on(
         resolver.fault((*place, "reuse"), message)
         return Auxiliary(Component("", {}, place), {}, None, ("", name), False)
     first = known[name]
+    if first.module is not None and "frozen" in given:
+        resolver.fault((*place, "frozen"), FROZEN_WITH_MODEL)
     made = Component(first.component.type, first.component.params, place)
     fed = inputs(resolver, given, place) if "inputs" in given else first.inputs
     return Auxiliary(made, fed, first.module, first.origin, given.get("frozen", False))

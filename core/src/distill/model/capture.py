@@ -84,9 +84,12 @@ class Capture:
         self._versions: dict[str, list[int]] = {}
         self._runs: dict[str, int] = {}
         self._latest: dict[str, deque[tuple[Any, list[int]]]] = {}
+        self._ends: dict[str, int] = {}
         self._taps = [_tap(model, path) for path in self.paths]
+        self._from_last = [tap for tap in self._taps if tap.call is not None and tap.call < 0]
         self._inplace = _switch_off_inplace(model) if self.paths else []
         self._handles = [self._hook(tap) for tap in self._taps]
+        self._handles += [self._hook_end(tap, model) for tap in self._from_last]
 
     def pop(self) -> dict[str, Any]:
         """Return path -> value of the last forward, and forget them.
@@ -124,16 +127,18 @@ class Capture:
                 times = "once" if runs == 1 else f"{runs} times"
                 raise CaptureError(tap.path, f"is not there: it ran {times}, the first being @0")
 
-    def stop_early(self) -> None:
+    def stop_early(self) -> bool:
         """From the next forward on raise ``Complete`` as soon as everything is recorded.
 
-        To be called after a whole forward, which tells which call is the last.
+        Which call was the last is known when the module around it ends. To be called after a whole
+        forward.
+
+        Returns:
+            Whether that can be: not so if only the whole model's end tells which call was the last.
         """
         self.check_complete()
-        for tap in self._taps:
-            if tap.call is not None and tap.call < 0:
-                tap.call += self._runs[tap.path]
-        self._stops = True
+        self._stops = all(self._ends.get(tap.path) == 1 for tap in self._from_last)
+        return self._stops
 
     def overwritten(self) -> list[str]:
         """Return the paths whose recorded value has been changed in place since."""
@@ -144,6 +149,7 @@ class Capture:
     def clear(self) -> None:
         """Forget what was recorded."""
         self._values, self._versions, self._runs, self._latest = {}, {}, {}, {}
+        self._ends = {}
 
     def remove(self) -> None:
         """Take the hooks off the model and give back its in-place activations."""
@@ -182,6 +188,17 @@ class Capture:
 
         return tap.module.register_forward_hook(after)
 
+    def _hook_end(self, tap: _Tap, model: nn.Module) -> RemovableHandle:
+        """Notice that the module around a tapped one ends, unless that is the model itself."""
+        around = next(m for m in model.modules() if tap.module in m.children())
+
+        def after(module: nn.Module, _args: Any, _output: Any) -> None:
+            if self.enabled and module is not model:
+                self._ends[tap.path] = self._ends.get(tap.path, 0) + 1
+                self._stop_if_complete()
+
+        return around.register_forward_hook(after)
+
     def _record(self, tap: _Tap, value: Any) -> None:
         if not self.enabled:
             return
@@ -198,7 +215,11 @@ class Capture:
                 return
             seen = latest[0]
         self._values[tap.path], self._versions[tap.path] = seen
-        if self._stops and len(self._values) == len(self._taps):
+        self._stop_if_complete()
+
+    def _stop_if_complete(self) -> None:
+        is_recorded = self._stops and len(self._values) == len(self._taps)
+        if is_recorded and all(tap.path in self._ends for tap in self._from_last):
             raise Complete
 
 

@@ -34,18 +34,20 @@ class Distiller(nn.Module):
     Args:
         student: the model to train.
         teachers: role -> frozen model.
-        auxiliary: calls in an order in which each one's arguments exist. Modules that are parts of
-            a model, such as a teacher's head, keep the mode of that model.
+        auxiliary: calls in an order in which each one's arguments exist.
         criterion: the weighted terms.
         captures: role -> submodule paths whose values references ask for.
         parameters: name of a value -> the module and the name of its parameter or buffer.
         specials: role -> the module around the model, called with the batch in its place.
+        borrowed: names of auxiliary modules that are parts of a model, such as a teacher's head,
+            whose mode they keep.
         whole: roles to be run in whole whatever is asked of them.
         autocast: device type and reduced precision for models and auxiliary modules, or ``None``.
 
     Attributes:
         captures: the recording of each model from which something is captured, by role.
         extents: how much of each model a step runs, by role.
+        uncut: role -> why a model runs to its end though nothing behind is asked for.
         branches: role -> parts of the model that lead to nothing asked of it, and do not run.
         untraced: role -> why such parts, if there are any, could not be found.
     """
@@ -59,6 +61,7 @@ class Distiller(nn.Module):
         captures: Mapping[str, Sequence[str]] | None = None,
         parameters: Mapping[str, tuple[nn.Module, str]] | None = None,
         specials: Mapping[str, nn.Module] | None = None,
+        borrowed: Iterable[str] = (),
         whole: Iterable[str] = (),
         autocast: tuple[str, torch.dtype] | None = None,
     ):
@@ -68,8 +71,8 @@ class Distiller(nn.Module):
         # Plain dicts and tuples: what is in them is registered already, or belongs to a model.
         self._models = {STUDENT: student, **teachers}
         self._teachers = tuple(teachers)
-        of_models = {module for model in self._models.values() for module in model.modules()}
-        own = [call.module for call in auxiliary if call.module not in of_models]
+        borrowed = set(borrowed)
+        own = [call.module for call in auxiliary if call.name not in borrowed]
         self.auxiliary = nn.ModuleList(own)
         self.criterion = criterion
         self.captures = {
@@ -90,6 +93,7 @@ class Distiller(nn.Module):
         self._whole = frozenset(whole)
         self.extents = {role: self._extent(role) for role in self._models}
         self._pruned: dict[str, nn.Module] = {}
+        self.uncut: dict[str, str] = {}
         self.branches: dict[str, list[str]] = {}
         self.untraced: dict[str, str] = {}
 
@@ -142,8 +146,8 @@ class Distiller(nn.Module):
         that it is trained in.
         """
         for role, extent in self.extents.items():
-            if extent == "part":
-                self.captures[role].stop_early()
+            if extent == "part" and not self.captures[role].stop_early():
+                self.uncut[role] = "only its end tells which call is the last"
             if extent != "nothing" and role not in self._whole:
                 self._prune(role, batch)
 
@@ -174,11 +178,11 @@ class Distiller(nn.Module):
         return call_model(model, self._specials.get(role), batch)
 
     def _extent(self, role: str) -> Extent:
-        if role in self._whole or self._asked(role) != []:
-            return "whole"
-        return "part" if role in self.captures else "nothing"
+        if self.parts_asked(role) == [] and role not in self.captures:
+            return "nothing"
+        return "whole" if role in self._whole or self.parts_asked(role) != [] else "part"
 
-    def _asked(self, role: str) -> list[str] | None:
+    def parts_asked(self, role: str) -> list[str] | None:
         """Return which parts of a model's output are asked for, ``None`` for all of it."""
         addresses = [a for call in self.calls() for a in call.addresses() if a.value == role]
         if any(not address.keys for address in addresses):
@@ -187,7 +191,7 @@ class Distiller(nn.Module):
 
     def _prune(self, role: str, batch: Batch) -> None:
         """Leave out a model's side branches if what it gives without them is the same."""
-        model, parts = self._models[role], self._asked(role)
+        model, parts = self._models[role], self.parts_asked(role)
         is_other_mode = role == STUDENT and not self.training
         if parts is None or role in self._specials or is_other_mode:
             return

@@ -136,6 +136,8 @@ class CallError(DistillError):
 def first_line(error: Exception) -> str:
     """Return what an error of foreign code says, in one line."""
     kind, text = type(error).__name__, str(error).strip()
+    if isinstance(error, UserWarning):  # torch's, of tensors that it would have to stretch
+        return "their shapes differ"
     if not text:
         return kind
     first = text.splitlines()[0]

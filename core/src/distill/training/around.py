@@ -21,11 +21,19 @@ def redesigned(
     """Return what the stage runs in the model's place: the model itself unless the file says so."""
     if role.redesign is None:
         return model
+    before = dict(model.named_modules())
     try:
-        return builder.redesigned(role.redesign, model, auxiliary)
+        made = builder.redesigned(role.redesign, model, auxiliary)
     except ConfigError as error:
         faults.extend(error.faults)
         return model
+    if dict(model.named_modules()) != before:
+        message = (
+            f"{role.redesign.type} changes the model for good, which a stage must not; write it "
+            "under 'models'"
+        )
+        faults.append(builder.experiment.fault(role.redesign.path, message))
+    return made
 
 
 def special_module(

@@ -56,6 +56,8 @@ def _adapter_hint(assembly: Assembly, error: CallError) -> str:
     name = next((n for n, term in assembly.terms.items() if term is error.module), None)
     if name is None or assembly.stage.criterion[name].adapter or not error.shapes_differ:
         return ""
+    if "adapter: auto" in str(error):
+        return ""
     refs = [ref for _, ref in each_reference(assembly.stage.criterion[name].inputs)]
     of_teachers = [ref for ref in refs if ref.owner in assembly.stage.teachers]
     if not 0 < len(of_teachers) < len(refs):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from distill.config.experiment import Freeze
 from distill.errors import ConfigError, DistillError, Fault
 from distill.training.build import Builder
-from distill.training.selection import select_parameters, select_statistics
+from distill.training.selection import has_statistics, select_parameters, select_statistics
 from distill.training.stage import Assembly
 
 
@@ -32,9 +34,7 @@ def find_frozen(builder: Builder, assembly: Assembly) -> Frozen:
     frozen, trained = Frozen(), assembly.trained()
     for entry in assembly.stage.freeze:
         try:
-            frozen.parameters += select_parameters(entry.match, trained)
-            if entry.statistics:
-                frozen.held += select_statistics(entry.match, trained)
+            _find(entry, trained, frozen)
         except DistillError as error:
             frozen.faults.append(builder.experiment.fault(entry.path, str(error)))
     for name, module in assembly.auxiliary.items():
@@ -42,6 +42,16 @@ def find_frozen(builder: Builder, assembly: Assembly) -> Frozen:
             frozen.parameters += module.parameters()
             frozen.held += module.modules()
     return frozen
+
+
+def _find(entry: Freeze, trained: Mapping[str, nn.Module], frozen: Frozen) -> None:
+    try:
+        frozen.parameters += select_parameters(entry.match, trained)
+    except DistillError:
+        if not entry.statistics or not has_statistics(entry.match, trained):
+            raise  # else they are layers that have statistics alone
+    if entry.statistics:
+        frozen.held += select_statistics(entry.match, trained)
 
 
 def freeze(builder: Builder, assembly: Assembly) -> None:

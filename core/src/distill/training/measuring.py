@@ -44,14 +44,14 @@ class Measuring:
     Attributes:
         roles: student and teachers by role.
         average: of the student, measured beside it under ``ema.<metric>``.
-        student_runs: whether the stage runs the student at all; else it is not measured.
+        takes_part: whether the student runs or trains in the stage; else it is not measured.
     """
 
     run: SeedRun
     stage: Stage
     roles: Mapping[str, nn.Module]
     average: Average | None = None
-    student_runs: bool = True
+    takes_part: bool = True
 
     def improves(self, best: Best, metrics: Numbers) -> bool:
         """Whether ``metrics`` are the best so far."""
@@ -70,7 +70,7 @@ class Measuring:
             ConfigError: if what decides, or what a scheduler watches, is a part of a metric that it
                 turns out not to have.
         """
-        if not self.student_runs:
+        if not self.takes_part:
             return {}
         measured = self._validate(STUDENT, self.roles[STUDENT], self._teachers())
         if self.average is not None:

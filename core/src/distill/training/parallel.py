@@ -15,6 +15,7 @@ from distill import distributed
 from distill.data.batch import Batch
 from distill.model.criterion import TOTAL
 from distill.model.distiller import Distiller
+from distill.reference import STUDENT
 from distill.training.traceless import buffers_kept
 
 Hold = Callable[[], AbstractContextManager[None]]
@@ -70,9 +71,11 @@ def shard(distiller: Distiller, device: torch.device, more: Iterable[nn.Module] 
     parts += [*distiller.criterion.modules_of_terms, *more]
     for part in parts:
         part.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+        # A backward that does not come through a module's output does not gather it again.
+        is_entered = part is not distiller.student or distiller.parts_asked(STUDENT) != []
         for block in [*_blocks(part), part]:
             # Said outright: an average is called beside the distiller, and would stay whole.
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, reshard_after_forward=is_entered)
         part.to(device)  # the buffers
     fully_shard(distiller, mesh=mesh)
 

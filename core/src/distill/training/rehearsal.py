@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from distill.data.source import Source
 from distill.errors import ConfigError, DataError
 from distill.model.capture import CaptureError
 from distill.model.criterion import TOTAL
-from distill.model.distiller import Distiller, call_model, value_name
+from distill.model.distiller import call_model, value_name
 from distill.model.wiring import Values, describe
 from distill.reference import STUDENT
 from distill.training.around import special_module
@@ -33,7 +33,7 @@ from distill.training.failures import (
     module_error,
 )
 from distill.training.freezing import freeze
-from distill.training.set_up import set_up
+from distill.training.set_up import set_up, set_up_when_called
 from distill.training.stage import Assembly
 from distill.training.traceless import buffers_kept, in_eval_mode
 
@@ -79,18 +79,19 @@ def rehearse(
     if plan.batches == 0:
         raise _no_batch(experiment, assembly.stage, source, plan)
     copied: list[str] = []
-    with _as_in_training(distiller, batch), buffers_kept(distiller):
+    _set_up_rows(experiment, assembly, source, batch, seed)
+    with _as_in_training(assembly, batch), buffers_kept(distiller):
         for role, extent in distiller.extents.items():
             if extent != "nothing":
                 _run_alone(experiment, assembly, source, role, batch)
                 copied += _copy_overwritten(experiment, assembly, role)
         distiller.cut(batch)
-        with failures_told(experiment, assembly):
-            set_up(distiller, assembly.parts, batch, seed)
+    with _as_in_training(assembly, batch), failures_told(experiment, assembly):
+        set_up(distiller, assembly.parts, batch, seed)
     assembly.parts.restore()
     freeze(builder, assembly)
     with (
-        _as_in_training(distiller, batch),
+        _as_in_training(assembly, batch),
         buffers_kept(distiller),
         _called_modules() as called,
         failures_told(experiment, assembly),
@@ -124,15 +125,19 @@ def _leave_out(
 ) -> list[nn.Parameter]:
     """Let the stage leave out those of the student's parameters that nothing comes from.
 
-    In eval mode too, since a model may leave out other layers in train mode each time.
+    In eval mode too, since a model may leave out other layers in train mode each time; none where
+    it cannot be run so.
 
     Returns:
         The unreached parameters that are left.
     """
     distiller = assembly.distiller
     assert distiller is not None
-    with in_eval_mode([distiller]), buffers_kept(distiller):
-        total = distiller(batch)[TOTAL]
+    try:
+        with in_eval_mode([distiller, *assembly.specials.values()]), buffers_kept(distiller):
+            total = distiller(batch)[TOTAL]
+    except Exception:  # foreign code, which need not give in eval mode what it gives in training
+        return list(unreached)
     still = {id(parameter) for parameter in _unreached(total, unreached)}
     of_student = {id(parameter) for parameter in assembly.roles[STUDENT].parameters()}
     out = [p for p in unreached if id(p) in still & of_student]
@@ -187,19 +192,39 @@ def _broadcasting_refused() -> Iterator[None]:
         yield
 
 
+def _set_up_rows(
+    experiment: Experiment, assembly: Assembly, source: Source, batch: Batch, seed: int
+) -> None:
+    """Let modules in a redesigned model's row find their shapes in a first forward of it."""
+    distiller = assembly.distiller
+    assert distiller is not None
+    if not any(map(assembly.parts.is_unset, assembly.in_rows)):
+        return
+    with ExitStack() as stack:
+        stack.enter_context(_as_in_training(assembly, batch))
+        for model in assembly.roles.values():
+            stack.enter_context(buffers_kept(model))
+        stack.enter_context(set_up_when_called(assembly.in_rows, assembly.parts, seed))
+        for role, extent in distiller.extents.items():
+            if extent != "nothing":
+                _run_alone(experiment, assembly, source, role, batch)
+
+
 @contextmanager
-def _as_in_training(distiller: Distiller, batch: Batch) -> Iterator[None]:
+def _as_in_training(assembly: Assembly, batch: Batch) -> Iterator[None]:
     """Put student, auxiliary modules and losses in train mode, in which some models give more.
 
-    A single sample, which BatchNorm cannot train on, is run in eval mode.
+    BatchNorm cannot train on a single sample; it is in eval mode for one.
     """
-    if len(batch) < 2:
-        with in_eval_mode([distiller]):
-            yield
-        return
-    modes = {module: module.training for module in distiller.modules()}
+    distiller = assembly.distiller
+    assert distiller is not None
+    parts = [distiller, *assembly.specials.values()]
+    modes = {module: module.training for part in parts for module in part.modules()}
     with torch.random.fork_rng(enabled=batch.index.device.type != "meta"):
         distiller.train()
+        for module in modes:
+            if len(batch) < 2 and isinstance(module, nn.modules.batchnorm._NormBase):
+                module.training = False
         try:
             yield
         finally:
@@ -256,6 +281,8 @@ def _check_classes(
     ]:
         return
     for role in assembly.roles.keys() & values.keys():
+        if stage.roles[role].redesign is not None:
+            continue  # what is scored is the model's own output
         output = values[role]
         name = stage.roles[role].model
         if not isinstance(output, torch.Tensor) or output.dim() != 2:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from distill.errors import DistillError, did_you_mean
-from distill.model.capture import find_module
+from distill.model.capture import find_module, split_path
 
 NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -50,7 +50,22 @@ def select_statistics(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.M
     Raises:
         DistillError: if there are none.
     """
-    parameters = {id(parameter) for parameter in select_parameters(entry, trained)}
+    chosen = _find_statistics(entry, trained)
+    if not chosen:
+        raise DistillError(f"'{entry}' has no running statistics")
+    return chosen
+
+
+def has_statistics(entry: str, trained: Mapping[str, nn.Module]) -> bool:
+    """Whether an entry means modules with running statistics."""
+    return bool(_find_statistics(entry, trained))
+
+
+def _find_statistics(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.Module]:
+    try:
+        parameters = {id(parameter) for parameter in select_parameters(entry, trained)}
+    except DistillError:  # layers without parameters have statistics too
+        parameters = set()
     chosen = [
         module
         for module in _with_statistics(trained)
@@ -58,11 +73,9 @@ def select_statistics(entry: str, trained: Mapping[str, nn.Module]) -> list[nn.M
         or class_name(module) == entry
     ]
     for owner, root in trained.items():
-        if entry == owner or entry.startswith(f"{owner}."):
-            within = find_module(root, entry.removeprefix(owner).removeprefix("."))
-            chosen += [m for m in within.modules() if _has_statistics(m)]
-    if not chosen:
-        raise DistillError(f"'{entry}' has no running statistics")
+        path, rest = split_path(root, entry.removeprefix(owner).removeprefix("."))
+        if (entry == owner or entry.startswith(f"{owner}.")) and not rest:
+            chosen += _with_statistics({owner: root.get_submodule(path)})
     return chosen
 
 

@@ -34,6 +34,7 @@ class Assembly:
         terms: loss modules by name.
         adapters: of terms, by the term's name.
         specials: what is put around models, by role.
+        in_rows: auxiliary modules that a redesigned model calls itself.
         frozen: parameters of student and auxiliary modules that stay as they are.
         left_out: parameters of the student that nothing in the stage comes from.
         faults: what kept it from being put together; if there are any, ``distiller`` is ``None``.
@@ -46,6 +47,7 @@ class Assembly:
     terms: dict[str, nn.Module] = field(default_factory=dict)
     adapters: dict[str, nn.Module] = field(default_factory=dict)
     specials: dict[str, nn.Module] = field(default_factory=dict)
+    in_rows: list[nn.Module] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
     left_out: list[nn.Parameter] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -89,6 +91,7 @@ def assemble(
     }
     wiring = Wiring(builder.experiment, stage, run, roles, faults)
     wiring.place(assembly.auxiliary)
+    assembly.in_rows = [assembly.auxiliary[name] for name in wiring.placed]
     auxiliary = _auxiliary_calls(assembly, wiring)
     terms: list[Call] = []
     for name, module in assembly.terms.items():
@@ -110,6 +113,7 @@ def assemble(
             captures=wiring.captures,
             parameters=wiring.parameters,
             specials=assembly.specials,
+            borrowed=[name for name, part in stage.auxiliary.items() if part.module is not None],
             whole=[role for role in stage.roles if why_whole(stage, role)],
             autocast=reduced,
         )

@@ -34,6 +34,8 @@ def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:
         captured = role in distiller.captures
         if extent == "nothing":
             yield f"{role} does not run: nothing is asked of it"
+        elif role in distiller.uncut:
+            yield f"{role} is not cut: {distiller.uncut[role]}"
         elif extent == "part":
             total = count_parameters(assembly.roles[role])
             asked = ", ".join(distiller.captures[role].paths)

@@ -75,7 +75,8 @@ def _training(
     stack.enter_context(compiled(over.assembly.roles[role] for role in stage.compile))
     assert over.assembly.distiller is not None
     runs = over.assembly.distiller.extents[STUDENT] != "nothing"
-    measuring = Measuring(run, stage, over.assembly.roles, over.average, runs)
+    trains = any(p.requires_grad for p in over.assembly.roles[STUDENT].parameters())
+    measuring = Measuring(run, stage, over.assembly.roles, over.average, runs or trains)
     teachers = measuring.teachers() if state is None else state["teachers"]
     loop = Loop(
         over.parallel.module,
@@ -286,11 +287,11 @@ class _Training:
         self._write("last", self.student)
         if self.average is not None:
             self._write("ema", self.average.model)
-        if self.stage.keep != "last" and self.measuring.student_runs:
+        if self.stage.keep != "last" and self.measuring.takes_part:
             self._keep(self.stage.keep)
         test = self.run.builder.experiment.test
         measured = {}
-        if test is not None and self.measuring.student_runs:
+        if test is not None and self.measuring.takes_part:
             measured = self.measuring.test(test.dataset, test.metrics)
         result = StageResult(
             seed=self.run.seed,

@@ -204,7 +204,7 @@ class Wiring:
             self._check_whole(f"'{ref.text}'", path)
             self.parameters[ref.text] = (module, key)
             return Address(ref.text, ref.text)
-        if key and (ref.tap or not _may_have_part(model, module, ref.path)):
+        if key and (ref.tap or not _may_have_part(module, key)):
             self._fault(path, f"'{ref.text}': {unknown_module(model, ref.path)}")
             return None
         behind = ref.keys or key
@@ -254,7 +254,7 @@ def _takes_any(forward: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _may_have_part(model: nn.Module, module: nn.Module, path: str) -> bool:
+def _may_have_part(module: nn.Module, key: str) -> bool:
     """Whether what follows a submodule's path may be a key of its output.
 
     Only a forward tells for sure; before one, a hint that it returns a tensor, or a submodule of
@@ -264,5 +264,8 @@ def _may_have_part(model: nn.Module, module: nn.Module, path: str) -> bool:
         returned = typing.get_type_hints(module.forward).get("return")
     except (NameError, TypeError, AttributeError):
         returned = None
-    paths = [name for name, _ in model.named_modules() if name]
-    return returned is not torch.Tensor and not did_you_mean(path, paths)
+    first = key.partition(".")[0]
+    children = [name for name, _ in module.named_children()]
+    is_number_of_row = "0" in children and first.lstrip("-").isdigit()
+    is_wrong = is_number_of_row or bool(did_you_mean(first, children))
+    return returned is not torch.Tensor and not is_wrong
