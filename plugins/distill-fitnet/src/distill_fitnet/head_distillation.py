@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from distill.errors import did_you_mean
 from distill_fitnet.fitnet import HintLoss
 from distill_fitnet.parameters import check_choice
 from distill_fitnet.size_rules import Step, measured, placement, step_of, steps_of
@@ -154,8 +154,9 @@ def _find(model: nn.Module, replace: Sequence[str]) -> dict[str, nn.Module]:
         raise ValueError("bottlenecked: replace must name one module at least, got an empty list")
     for path in replace:
         if not path or path not in known:
-            near = did_you_mean(path, filter(None, known))
-            raise ValueError(f"bottlenecked: the model has no module {path!r}{near}")
+            near = " or ".join(get_close_matches(path, known))
+            hint = f"; did you mean {near}?" if near else ""
+            raise ValueError(f"bottlenecked: the model has no module {path!r}{hint}")
         outer = [other for other in replace if path.startswith(f"{other}.")]
         if outer or list(replace).count(path) > 1:
             where = (
