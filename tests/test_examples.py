@@ -8,16 +8,22 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
 import distill
+from distill.inspection import models_of_file
+from distill.model.capture import split_path
+from distill.reference import each_reference
+from distill.training.build import Builder
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted([*ROOT.glob("core/examples/*.yaml"), *ROOT.glob("plugins/*/examples/*.yaml")])
 DATA = Path(os.environ.get("DISTILL_DATA", ROOT.parent / "shared" / "data"))
+FEATURES = sorted(ROOT.glob("plugins/distill-fitnet/examples/*.yaml"))
 PER_CLASS = 12
 
 
@@ -25,6 +31,25 @@ PER_CLASS = 12
 def test_an_example_has_no_faults(file: Path) -> None:
     beside = [code for code in [file.with_suffix(".py")] if code.exists()]
     distill.check(distill.load(file), distill.plugins(beside))
+
+
+@pytest.mark.parametrize("file", FEATURES, ids=lambda file: file.stem)
+def test_inspect_lists_every_layer_that_an_example_asks_for(file: Path) -> None:
+    experiment, registry = distill.load(file), distill.plugins()
+    inspected = models_of_file(experiment, registry, None, None)
+    listed = {one.name: [row.path for row in one.rows] for one in inspected}
+    bare = {name: replace(m, checkpoint=None) for name, m in experiment.models.items()}
+    builder = Builder(replace(experiment, models=bare), registry)
+    asked = 0
+    for stage in experiment.stages:
+        for part in (*stage.auxiliary.values(), *stage.criterion.values()):
+            for _, ref in each_reference(part.inputs):
+                if ref.owner in stage.roles and ref.path:
+                    name = stage.roles[ref.owner].model
+                    path = split_path(builder.model(name, 0), ref.path)[0]
+                    assert path in [row.partition("@")[0] for row in listed[name]], ref.text
+                    asked += 1
+    assert asked or "teacher" in file.stem
 
 
 def test_core_s_example_runs_with_core_and_a_local_file(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -115,17 +115,18 @@ def models_of_file(
     if only is not None and only not in experiment.models:
         hint = did_you_mean(only, experiment.models)
         raise UsageError(f"there is no model '{only}' in {experiment.document.file}{hint}")
+    # What weights a model has does not matter, and they may not be there yet.
+    bare = {name: replace(model, checkpoint=None) for name, model in experiment.models.items()}
+    experiment = replace(experiment, models=bare)
     builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
     if shape is None:
         source = builder.source(experiment.stages[0].data.train)
         inputs = sample_batch(source, 2, experiment.seeds[0]).inputs
     else:
         inputs = torch.zeros(2, *shape)
-    chosen = {n: m for n, m in experiment.models.items() if only in (None, n)}
-    return [
-        _inspect(name, partial(builder.component, "models", model.component), inputs)
-        for name, model in chosen.items()
-    ]
+    chosen = [name for name in experiment.models if only in (None, name)]
+    seed = experiment.seeds[0]
+    return [_inspect(name, partial(builder.model, name, seed), inputs) for name in chosen]
 
 
 def _inspect(name: str, build: Callable[[], nn.Module], inputs: Any) -> Inspected:
