@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distill import Batch
-from distill.model.branches import Untraceable, left_out, without_side_branches
+from distill.model.branches import Untraceable, without_side_branches
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller
 from distill.model.wiring import Address, Call
@@ -83,7 +83,7 @@ def test_a_part_of_the_output_that_is_not_asked_for_is_not_computed(form, key):
     batch = cut(distiller)
     distiller(batch)["total"].backward()
     assert model.counts() == [1, 0, 1, 1]
-    assert distiller.branches == {"student": ["side"]}
+    assert distiller.branches == {"student": ("side",)}
     assert distiller.untraced == {}
     cut_gradient = model.first.layer.weight.grad.clone()
     model.zero_grad()
@@ -199,8 +199,8 @@ def test_what_changes_a_value_in_place_is_kept():
 
     model = InPlace()
     less = without_side_branches(model, [], ["out"])
-    assert left_out(model, less) == ["side", "last"]
-    assert torch.equal(less(INPUTS)["out"], model(INPUTS)["out"])
+    assert less.left_out == ("side",)
+    assert torch.equal(less.module(INPUTS)["out"], model(INPUTS)["out"])
 
 
 def test_dropout_in_a_branch_that_is_left_out_does_not_matter():
@@ -216,5 +216,22 @@ def test_dropout_in_a_branch_that_is_left_out_does_not_matter():
 
     distiller = student_of(Dropping(), "student.out", "student", "out")
     cut(distiller)
-    assert distiller.branches == {"student": ["side", "last"]}
+    assert distiller.branches == {"student": ("side",)}
     assert distiller.student.drop.training
+
+
+def test_a_captured_module_and_one_inside_of_it_do_not_hide_the_branch():
+    class Nested(Branching):
+        def __init__(self):
+            super().__init__()
+            self.row = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x, scale=None):
+            x = self.first(x)
+            side = self.side(x)
+            return {"out": self.head(self.row(x)), "aux": side}
+
+    distiller = student_of(Nested(), "student.row", "student.row", captured=["row", "row.0"])
+    distiller.criterion.calls += (Call("inner", Mean(), {"value": Address("i", "student.row.0")}),)
+    cut(distiller)
+    assert distiller.branches == {"student": ("side",)}

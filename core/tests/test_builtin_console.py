@@ -88,7 +88,7 @@ def test_a_stage_names_student_teachers_and_notes(epochs, steps, said):
         "",
         f"stage kd: thin (1,234,567 parameters, 1,000 trained), {said}",
         "  teacher: accuracy 0.9123",
-        "  other: not measured: the stage has no validation data",
+        "  other: not measured: the stage has no validation data, or no metric for it",
         "  note: a note",
     ]
     assert "seed 1, stage kd:" in printed(("stage_start", start), seeds=[1, 2])

@@ -366,6 +366,20 @@ def test_a_student_of_which_only_weights_are_asked_is_measured(tmp_path):
     assert "accuracy" in train_stage(seed_run(tmp_path, stage), 0).validation
 
 
+def test_an_auxiliary_module_of_which_nothing_is_asked_does_not_keep_the_model_running(tmp_path):
+    linear = {"type": "Linear", "params": {"in_features": 3, "out_features": 3}}
+    idle = {**linear, "inputs": {"input": "student.head"}}
+    fed = {**linear, "inputs": {"input": "idle"}}
+    stage = hint(data=UNMEASURED, auxiliary={"idle": idle, "fed": fed})
+    ready = counting(tmp_path, stage)
+    train_stage(ready, 0)
+    assert calls(ready.models["s"]) == (STEPS, 0, 0)
+    assert {
+        "idle does not run: nothing is asked of it",
+        "fed does not run: nothing is asked of it",
+    } <= set(notes(ready))
+
+
 def test_a_teacher_of_which_nothing_is_asked_runs_only_to_be_measured(tmp_path):
     ready = counting(tmp_path, {**hint(), "criterion": CE})
     result = train_stage(ready, 0)

@@ -108,3 +108,11 @@ def test_clearing_values_fit_the_frame(experiment_text):
     text = experiment_text.replace("    precision: fp32\n", cleared + "    teacher: null\n")
     text = text.replace("scheduler: {type: StepLR, params: {step_size: 1}}", "scheduler: null")
     assert frame(text) == []
+
+
+def test_an_adapter_is_auto_or_none(experiment_text):
+    right = "inputs: {input: student.body}"
+    term = experiment_text.replace("type: Distance", "type: Distance, adapter: atuo", 1)
+    assert term != experiment_text, right
+    (fault,) = frame(term)
+    assert "adapter: expected auto, got the text 'atuo'; did you mean auto?" in fault

@@ -118,5 +118,13 @@ def test_in_eval_mode_a_layer_uses_its_own_statistics_without_asking_anyone(monk
         assert torch.equal(layer(inputs), expected)
 
 
+def test_a_layer_may_be_called_by_the_name_of_its_argument(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    layer, inputs = nn.BatchNorm1d(3).eval(), torch.randn(2, 3)
+    expected = layer(input=inputs)
+    with synchronized([layer]):
+        assert torch.equal(layer(input=inputs), expected)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

@@ -64,7 +64,7 @@ class Console(Observer):
         )
         for role, metrics in event.teachers.items():
             measured = _after(metrics, apart=" ")
-            unknown = " not measured: the stage has no validation data"
+            unknown = " not measured: the stage has no validation data, or no metric for it"
             self._line(f"  {role}:{measured or unknown}")
         for note in event.notes:
             self._line(f"  note: {note}")

@@ -42,6 +42,7 @@ def auxiliaries(
         else:
             _check_new(resolver, name, place, known)
             modules[name] = _written(resolver, given, place, (draft.name, name))
+    _check_frozen_alike(resolver, modules)
     return _in_order(resolver, draft, modules)
 
 
@@ -73,6 +74,16 @@ def _check_new(resolver: Resolver, name: str, place: Path, known: Auxiliaries) -
             "go on with it, or call the new one otherwise"
         )
         resolver.fault(place, message)
+
+
+def _check_frozen_alike(resolver: Resolver, modules: Mapping[str, Auxiliary]) -> None:
+    """Fault a module that is carried on twice, which shares its weights, frozen and not frozen."""
+    first: dict[tuple[str, str], str] = {}
+    for name, module in modules.items():
+        other = first.setdefault(module.origin, name)
+        if module.frozen != modules[other].frozen:
+            message = f"'{other}' is the same module, and one of the two is frozen"
+            resolver.fault((*module.component.path, "reuse"), message)
 
 
 def _written(

@@ -261,8 +261,9 @@ def _wrong_value(error: jsonschema.ValidationError) -> str:
         kinds = [limit] if isinstance(limit, str) else limit
         return f"expected {' or '.join(_KINDS[kind] for kind in kinds)}, got {got}"
     if error.validator == "enum":
-        nearest = did_you_mean(str(error.instance), limit)
-        return f"expected one of {', '.join(limit)}, got {got}{nearest}"
+        words = [word for word in limit if word is not None]
+        nearest = did_you_mean(str(error.instance), words)
+        return f"expected {'one of ' if words[1:] else ''}{', '.join(words)}, got {got}{nearest}"
     if error.validator == "pattern":
         return f"'{error.instance}' does not fit here; {_PATTERN_RULES.get(limit, _NAME_RULE)}"
     return {

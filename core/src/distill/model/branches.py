@@ -7,6 +7,7 @@ import inspect
 import operator
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,22 @@ class Untraceable(Exception):
     """A model's forward cannot be followed; the text says why."""
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A model without side branches, sharing its modules.
+
+    Attributes:
+        module: to call in the model's place.
+        left_out: the side branches, by the module that stands directly in the model.
+    """
+
+    module: fx.GraphModule
+    left_out: tuple[str, ...]
+
+
 def without_side_branches(
     model: nn.Module, tapped: Iterable[str], parts: Sequence[str]
-) -> fx.GraphModule | None:
+) -> Pruned | None:
     """Return the model less what leads to nothing asked of it, with the very same modules.
 
     Only what comes before the last value asked for counts: behind it the forward is stopped anyway.
@@ -34,7 +48,7 @@ def without_side_branches(
         parts: keys or positions of the output that are asked for.
 
     Returns:
-        A module to call in its place; ``None`` if there are no such branches.
+        What is left of it; ``None`` if there are no such branches.
 
     Raises:
         Untraceable: if the forward cannot be followed.
@@ -42,27 +56,31 @@ def without_side_branches(
     modules = {find_module(model, path) for path in tapped} - {model}
     graph = _trace(model, modules)
     *nodes, output = graph.nodes
-    taps = [n for n in nodes if n.op == "call_module" and _module(model, n) in modules]
+    taps = [n for n in nodes if n.op == "call_module" and modules & set(_parts(model, n))]
     output.args = (_asked(output.args[0], parts),)
     live = _ancestors([*taps, output, *filter(_has_effect, nodes)])
     dead = [node for node in nodes if node not in live and node.op != "placeholder"]
     end = nodes.index(taps[-1]) if taps and not parts else len(nodes)
-    if not any(node.op == "call_module" for node in dead if nodes.index(node) < end):
+    kept = set(_children_called(live))
+    branches = _children_called(node for node in dead if nodes.index(node) < end)
+    left_out = tuple(dict.fromkeys(name for name in branches if name not in kept))
+    if not branches:
         return None
     for node in reversed(dead):
         graph.erase_node(node)
-    return fx.GraphModule(model, graph)
+    return Pruned(fx.GraphModule(model, graph), left_out)
 
 
-def left_out(model: nn.Module, less: fx.GraphModule) -> list[str]:
-    """Return which modules, of those that stand directly in the model, a cut one does not call."""
-    kept = {str(node.target).split(".")[0] for node in less.graph.nodes if node.op == "call_module"}
-    return [name for name, _ in model.named_children() if name not in kept]
+def _children_called(nodes: Iterable[fx.Node]) -> list[str]:
+    """Return the names of modules that stand directly in the model and are called by nodes."""
+    return [str(node.target).partition(".")[0] for node in nodes if node.op == "call_module"]
 
 
 def _trace(model: nn.Module, tapped: set[nn.Module]) -> fx.Graph:
     """Follow the forward with placeholders, through the modules that hold a tapped one."""
-    opened = {m for m in model.modules() if tapped & (set(m.modules()) - {m})} | {model}
+    # A tapped module stays a module, whose hook records it; so does what lies inside of it.
+    closed = {inner for module in tapped for inner in module.modules()}
+    opened = {m for m in model.modules() if tapped & (set(m.modules()) - {m})} - closed | {model}
     shells: set[nn.Module] = set()
     shell = _shell(model, opened, shells)
     parameters = list(inspect.signature(model.forward).parameters.values())[1:]
@@ -112,8 +130,8 @@ def _random_states() -> list[bytes]:
     return states
 
 
-def _module(model: nn.Module, node: fx.Node) -> nn.Module:
-    return model.get_submodule(str(node.target))
+def _parts(model: nn.Module, node: fx.Node) -> Iterable[nn.Module]:
+    return model.get_submodule(str(node.target)).modules()
 
 
 def _asked(output: Any, parts: Sequence[str]) -> Any:

@@ -205,7 +205,8 @@ class Capture:
         runs = self._runs[tap.path] = self._runs.get(tap.path, 0) + 1
         if tap.call is not None and 0 <= tap.call != runs - 1:
             return
-        if tap.path in self.cloned:
+        # Tensors of inference mode do not count how often they are overwritten.
+        if tap.path in self.cloned or torch.is_inference_mode_enabled():
             value = map_tensors(torch.Tensor.clone, value)
         seen = (value, _versions(value))
         if tap.call is not None and tap.call < -1:

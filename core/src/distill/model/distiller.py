@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from distill.data.batch import Batch, map_tensors
-from distill.model.branches import Untraceable, left_out, without_side_branches
+from distill.model.branches import Untraceable, without_side_branches
 from distill.model.capture import Capture, Complete
 from distill.model.criterion import Criterion
 from distill.model.wiring import Call, Values, to_float32
@@ -94,7 +94,7 @@ class Distiller(nn.Module):
         self.extents = {role: self._extent(role) for role in self._models}
         self._pruned: dict[str, nn.Module] = {}
         self.uncut: dict[str, str] = {}
-        self.branches: dict[str, list[str]] = {}
+        self.branches: dict[str, tuple[str, ...]] = {}
         self.untraced: dict[str, str] = {}
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -200,13 +200,13 @@ class Distiller(nn.Module):
         try:
             pruned = without_side_branches(model, tapped, parts)
         except Untraceable as error:
-            self.untraced[role] = str(error)
+            self.untraced[role] = f"it cannot be traced ({error})"
             return
         if pruned is None:
             return
-        if self._gives_the_same(role, pruned, batch):
-            self._pruned[role] = pruned
-            self.branches[role] = left_out(model, pruned)
+        if self._gives_the_same(role, pruned.module, batch):
+            self._pruned[role] = pruned.module
+            self.branches[role] = pruned.left_out
         else:
             self.untraced[role] = "what its trace gives is not what it gives"
 

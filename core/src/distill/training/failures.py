@@ -16,7 +16,7 @@ from distill.errors import ConfigError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.distiller import value_name
 from distill.model.wiring import CallError, describe, first_line
-from distill.reference import each_reference
+from distill.reference import STUDENT, each_reference
 from distill.training.stage import Assembly
 
 
@@ -58,9 +58,10 @@ def _adapter_hint(assembly: Assembly, error: CallError) -> str:
         return ""
     if "adapter: auto" in str(error):
         return ""
-    refs = [ref for _, ref in each_reference(assembly.stage.criterion[name].inputs)]
-    of_teachers = [ref for ref in refs if ref.owner in assembly.stage.teachers]
-    if not 0 < len(of_teachers) < len(refs):
+    if not isinstance(error.__cause__, (RuntimeError, ValueError, UserWarning)):
+        return ""
+    owners = {ref.owner for _, ref in each_reference(assembly.stage.criterion[name].inputs)}
+    if STUDENT not in owners or not owners & assembly.stage.teachers.keys():
         return ""
     return "; 'adapter: auto' on the term brings the student's shapes to the teacher's"
 
@@ -73,8 +74,10 @@ def model_failures_told(
         yield
     except CaptureError as error:
         raise capture_error(experiment, assembly, role, error) from error
-    except (torch.OutOfMemoryError, DistillError):
+    except (torch.OutOfMemoryError, ConfigError):
         raise
+    except DistillError as error:
+        raise experiment.error(assembly.stage.roles[role].path, str(error)) from error
     except Exception as error:  # the model is foreign code
         raise experiment.error(
             assembly.stage.roles[role].path,

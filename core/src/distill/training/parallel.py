@@ -67,13 +67,15 @@ def shard(distiller: Distiller, device: torch.device, more: Iterable[nn.Module] 
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    parts = [*distiller.models().values(), *distiller.auxiliary]
-    parts += [*distiller.criterion.modules_of_terms, *more]
+    models = [*distiller.models().values(), *more]
+    parts = [*models, *distiller.auxiliary, *distiller.criterion.modules_of_terms]
     for part in parts:
         part.to(memory_format=torch.contiguous_format)  # FSDP takes no other
         # A backward that does not come through a module's output does not gather it again.
         is_entered = part is not distiller.student or distiller.parts_asked(STUDENT) != []
-        for block in [*_blocks(part), part]:
+        # What calls the blocks of an auxiliary module or loss is foreign code: gathered in whole.
+        blocks = _blocks(part) if part in models else []
+        for block in [*blocks, part]:
             # Said outright: an average is called beside the distiller, and would stay whole.
             fully_shard(block, mesh=mesh, reshard_after_forward=is_entered)
         part.to(device)  # the buffers

@@ -90,6 +90,9 @@ def rehearse(
         set_up(distiller, assembly.parts, batch, seed)
     assembly.parts.restore()
     freeze(builder, assembly)
+    for name in assembly.unasked:
+        if name in assembly.auxiliary:
+            assembly.auxiliary[name].requires_grad_(False)
     with (
         _as_in_training(assembly, batch),
         buffers_kept(distiller),

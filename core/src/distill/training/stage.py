@@ -12,7 +12,7 @@ from torch import nn
 from distill.config.experiment import Stage
 from distill.errors import Fault
 from distill.model.criterion import Criterion
-from distill.model.distiller import Distiller
+from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import Call
 from distill.reference import STUDENT
 from distill.training import sharding
@@ -35,6 +35,7 @@ class Assembly:
         adapters: of terms, by the term's name.
         specials: what is put around models, by role.
         in_rows: auxiliary modules that a redesigned model calls itself.
+        unasked: auxiliary modules that nothing comes from, by name; they do not run.
         frozen: parameters of student and auxiliary modules that stay as they are.
         left_out: parameters of the student that nothing in the stage comes from.
         faults: what kept it from being put together; if there are any, ``distiller`` is ``None``.
@@ -48,6 +49,7 @@ class Assembly:
     adapters: dict[str, nn.Module] = field(default_factory=dict)
     specials: dict[str, nn.Module] = field(default_factory=dict)
     in_rows: list[nn.Module] = field(default_factory=list)
+    unasked: list[str] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
     left_out: list[nn.Parameter] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -102,6 +104,7 @@ def assemble(
             *before, call = wiring.adapted(name, term, call, assembly.adapters[name])
             auxiliary += before
         terms.append(call)
+    auxiliary, assembly.unasked = _asked(auxiliary, terms)
     if not faults:
         weights = {name: term.weight for name, term in stage.criterion.items()}
         reduced = (device.type, REDUCED[stage.precision]) if stage.precision in REDUCED else None
@@ -110,7 +113,7 @@ def assemble(
             teachers={role: model for role, model in run.items() if role != STUDENT},
             auxiliary=auxiliary,
             criterion=Criterion(terms, weights),
-            captures=wiring.captures,
+            captures=_captures_asked(wiring, [*auxiliary, *terms]),
             parameters=wiring.parameters,
             specials=assembly.specials,
             borrowed=[name for name, part in stage.auxiliary.items() if part.module is not None],
@@ -139,6 +142,26 @@ def _auxiliary_calls(assembly: Assembly, wiring: Wiring) -> list[Call]:
         if module is not None and name not in wiring.placed:
             calls.append(wiring.call(name, described, module))
     return calls
+
+
+def _asked(auxiliary: list[Call], terms: list[Call]) -> tuple[list[Call], list[str]]:
+    """Part auxiliary calls into those that a term needs and the names of the others."""
+    needed = {address.value for call in terms for address in call.addresses()}
+    kept: list[Call] = []
+    for call in reversed(auxiliary):
+        if call.name in needed:
+            kept.insert(0, call)
+            needed |= {address.value for address in call.addresses()}
+    return kept, [call.name for call in auxiliary if call not in kept]
+
+
+def _captures_asked(wiring: Wiring, calls: list[Call]) -> dict[str, list[str]]:
+    """Return role -> paths of what calls read from captures."""
+    read = {address.value for call in calls for address in call.addresses()}
+    return {
+        role: [path for path in paths if value_name(role, path) in read]
+        for role, paths in wiring.captures.items()
+    }
 
 
 @contextmanager

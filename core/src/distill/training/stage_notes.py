@@ -18,6 +18,8 @@ def stage_notes(assembly: Assembly, plan: Plan, rehearsal: Rehearsal) -> list[st
     return [
         *(f"{name} is overwritten by the model, so it is copied" for name in rehearsal.copied),
         *_extents(assembly, rehearsal),
+        *(f"{name} does not run: nothing is asked of it" for name in assembly.unasked),
+        *_begun_anew(assembly),
         *_adapters(assembly),
         *_frozen(assembly),
         *_data(assembly, plan),
@@ -51,10 +53,7 @@ def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:
             names = ", ".join(distiller.branches[role])
             yield f"{role} runs without {names}: what they give is not asked for"
         if role in distiller.untraced:
-            yield (
-                f"{role} runs its side branches, if it has any: it cannot be traced "
-                f"({distiller.untraced[role]})"
-            )
+            yield f"{role} runs its side branches, if it has any: {distiller.untraced[role]}"
 
 
 def _adapters(assembly: Assembly) -> Iterator[str]:
@@ -64,9 +63,22 @@ def _adapters(assembly: Assembly) -> Iterator[str]:
         yield f"the adapter of '{name}': {chosen} ({count_parameters(adapter):,} parameters)"
 
 
+def _begun_anew(assembly: Assembly) -> Iterator[str]:
+    """Tell of trained losses and adapters that a stage before has under the same name."""
+    parts = assembly.parts.modules
+    for kind, modules in (("losses", assembly.terms), ("adapters", assembly.adapters)):
+        for name, module in modules.items():
+            others = [m for key, m in parts.items() if key[0] == kind and key[2] == name]
+            before = others[: others.index(module)] if module in others else []
+            if count_parameters(module) and any(map(count_parameters, before)):
+                what = "the adapter of" if kind == "adapters" else "the parameters of"
+                yield f"{what} '{name}' begin anew, since the stage writes its own criterion"
+
+
 def _frozen(assembly: Assembly) -> Iterator[str]:
     if assembly.frozen:
-        yield f"{sum(p.numel() for p in assembly.frozen):,} parameters are frozen"
+        frozen = {parameter: parameter.numel() for parameter in assembly.frozen}
+        yield f"{sum(frozen.values()):,} parameters are frozen"
     assert assembly.distiller is not None
     if assembly.left_out and assembly.distiller.extents[STUDENT] != "nothing":
         yield (

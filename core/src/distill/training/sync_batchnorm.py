@@ -46,15 +46,15 @@ def uncounted() -> Iterator[None]:
         _COUNTED.reset(token)
 
 
-def _forward(
-    layer: Any, local: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor
+def _forward(  # its argument may be given by name, which is torch's
+    layer: Any, local: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor
 ) -> torch.Tensor:
     if not layer.training:
-        return local(inputs)
-    wide = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+        return local(input)
+    wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     mean, variance, count = _statistics(wide)
     _update_running(layer, mean.detach(), variance.detach(), count)
-    shape = (1, -1) + (1,) * (inputs.dim() - 2)
+    shape = (1, -1) + (1,) * (input.dim() - 2)
     scale = torch.rsqrt(variance + layer.eps)
     if layer.affine:
         scale = scale * layer.weight
@@ -62,7 +62,7 @@ def _forward(
     else:
         shift = -mean * scale
     normalized: torch.Tensor = wide * scale.view(shape) + shift.view(shape)
-    return normalized.to(inputs.dtype)
+    return normalized.to(input.dtype)
 
 
 def _statistics(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

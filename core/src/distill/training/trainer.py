@@ -37,6 +37,9 @@ from distill.training.spread import Spread, spread
 from distill.training.stage_events import StageEvents, count_parameters
 from distill.training.stage_notes import stage_notes
 
+SINGLE = "more than 1 value per channel"
+"""What torch says where BatchNorm is to train on a single sample."""
+
 
 def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = None) -> StageResult:
     """Train one stage and write its student.
@@ -194,6 +197,8 @@ class _Training:
             trained = self.spread.assembly.trained()
             raise explanation(error, stage.name, trained, self.source) from error
         except CallError as error:
+            if SINGLE in str(error):
+                raise self._single_sample() from error
             experiment, assembly = self.run.builder.experiment, self.spread.assembly
             failure = module_error(experiment, assembly, error.module, str(error))
             failure.of_one_process = True
@@ -202,12 +207,15 @@ class _Training:
             place = error.entry.component.path
             raise self.run.builder.experiment.error(place, str(error)) from error
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if SINGLE not in str(error):
                 raise
-            raise DataError(
-                f"stage '{stage.name}': BatchNorm cannot train on a single sample, which the last "
-                "batch of an epoch is; set data.drop_last or another data.batch_size"
-            ) from error
+            raise self._single_sample() from error
+
+    def _single_sample(self) -> DataError:
+        return DataError(
+            f"stage '{self.stage.name}': BatchNorm cannot train on a single sample, which the last "
+            "batch of an epoch is; set data.drop_last or another data.batch_size"
+        )
 
     def _after_step(self, epoch: int) -> AfterStep | None:
         """Return what is to be done after each step, nothing if that is nothing."""

@@ -38,6 +38,8 @@ class Wiring:
         originals: by role, as they are otherwise.
         captures: role -> paths of what must be captured.
         parameters: name of a value -> the module and its parameter's or buffer's name.
+        placed: auxiliary module that a redesigned model calls itself -> where its output is.
+        rows: such a module -> the role of the model.
     """
 
     experiment: Experiment
@@ -48,6 +50,7 @@ class Wiring:
     captures: dict[str, list[str]] = field(default_factory=dict)
     parameters: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     placed: dict[str, Address] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
 
     def place(self, auxiliary: Mapping[str, nn.Module]) -> None:
         """Find the auxiliary modules that a redesigned model calls itself, to capture them."""
@@ -57,6 +60,14 @@ class Wiring:
                 if path is not None:
                     self.captures.setdefault(role, []).append(path)
                     self.placed[name] = Address(name, value_name(role, path))
+                    self.rows[name] = role
+                    self._check_unfed(name)
+
+    def _check_unfed(self, name: str) -> None:
+        module = self.stage.auxiliary[name]
+        if module.inputs:
+            message = f"'{name}' stands in a model's row and takes what comes there; give no inputs"
+            self._fault((*module.component.path, "inputs"), message)
 
     def module(self, auxiliary: Auxiliary) -> nn.Module | None:
         """Return the model's module that an auxiliary one is."""
@@ -78,7 +89,10 @@ class Wiring:
     def _check_whole(self, what: str, path: Path) -> None:
         """Refuse what only has a value while FSDP has gathered the model around it."""
         if self.stage.parallel == "fsdp":
-            message = f"{what} is used outside of its model's forward; that needs parallel: ddp"
+            message = (
+                f"{what} is used outside of its model's forward, where this stage's parallel: fsdp "
+                "has no whole parameters; that needs parallel: ddp"
+            )
             self._fault(path, message)
 
     def call(self, name: str, part: Wired, module: nn.Module) -> Call:
@@ -86,39 +100,39 @@ class Wiring:
         return Call(name, module, self._arguments(part, module))
 
     def adapted(self, name: str, term: Term, call: Call, adapter: nn.Module) -> list[Call]:
-        """Put an adapter between the student's features and a term: its call, then the term's.
-
-        What the file wires to the student is brought to the shape of what it wires to a teacher.
-        """
-        sides = {key: self._side(wires) for key, wires in term.inputs.items()}
-        students = [key for key, side in sides.items() if side == STUDENT]
-        teachers = [key for key, side in sides.items() if side == TEACHER]
-        if not students or len(students) != len(teachers):
+        """Put an adapter between the student's features and a term: its call, then the term's."""
+        pairs = {s: t for s, t in self._pairs(term) if {s, t} <= call.arguments.keys()}
+        if not pairs:
             message = (
-                "adapts what 'inputs' wires to the student to what it wires to a teacher; here "
-                f"those are {len(students)} and {len(teachers)} of them"
+                "finds nothing to adapt: 'inputs' has to wire features of the student, as "
+                "'student_features', and the teacher's beside them, as 'teacher_features'"
             )
             self._fault((*term.component.path, "adapter"), message)
             return [call]
         value = f"{name}.adapter"
-        features = _joined([call.arguments[key] for key in students if key in call.arguments])
-        like = _joined([call.arguments[key] for key in teachers if key in call.arguments])
-        arguments = dict(call.arguments)
-        number = 0
-        for key in students:
-            source = call.arguments.get(key)
-            if source is None:
-                continue
-            if isinstance(source, Address):
-                arguments[key] = Address(source.text, value, (str(number),))
-                number += 1
-            else:
-                arguments[key] = tuple(
-                    Address(one.text, value, (str(number + n),)) for n, one in enumerate(source)
-                )
-                number += len(source)
-        adapting = Call(value, adapter, {"features": features, "like": like})
-        return [adapting, Call(name, call.module, arguments)]
+        features: list[Address] = []
+        like: list[Address] = []
+        adapted = dict(call.arguments)
+        for student, teacher in pairs.items():
+            source = call.arguments[student]
+            first, given = len(features), _as_tuple(source)
+            places = [Address(a.text, value, (str(first + n),)) for n, a in enumerate(given)]
+            adapted[student] = places[0] if isinstance(source, Address) else tuple(places)
+            features += given
+            like += _as_tuple(call.arguments[teacher])
+        adapting = {"features": tuple(features), "like": tuple(like)}
+        return [Call(value, adapter, adapting), Call(name, call.module, adapted)]
+
+    def _pairs(self, term: Term) -> list[tuple[str, str]]:
+        """Pair a term's inputs from the student with those from a teacher: by name, or the two."""
+        sides = {key: self._side(wires) for key, wires in term.inputs.items()}
+        students = [key for key, side in sides.items() if side == STUDENT]
+        teachers = [key for key, side in sides.items() if side == TEACHER]
+        named = [(key, key.replace(STUDENT, TEACHER)) for key in students]
+        pairs = [(s, t) for s, t in named if t in teachers]
+        if not pairs and len(students) == len(teachers):
+            return list(zip(students, teachers, strict=True))
+        return pairs
 
     def _side(self, wires: Wires) -> str | None:
         """Whether references lead to the student or to a teacher, through auxiliary modules too."""
@@ -127,6 +141,7 @@ class Wiring:
         return STUDENT if STUDENT in owners else TEACHER if TEACHER in owners else None
 
     def _side_of(self, owner: str) -> str | None:
+        owner = self.rows.get(owner, owner)
         if owner in self.models:
             return STUDENT if owner == STUDENT else TEACHER
         module = self.stage.auxiliary.get(owner)
@@ -173,7 +188,9 @@ class Wiring:
         kind = part.component.type or "the module"
         if name == TEACHER and not self.stage.teachers:
             return f"{kind} needs a teacher, and stage '{self.stage.name}' has none"
-        return f"{kind} needs the input '{name}'; wire it, e.g. inputs: {{{name}: student}}"
+        side = TEACHER if TEACHER in name else STUDENT
+        example = f"{side}.layer2" if "feature" in name else side
+        return f"{kind} needs the input '{name}'; wire it, e.g. inputs: {{{name}: {example}}}"
 
     def _source(self, wires: Wires, path: Path) -> Source | None:
         if isinstance(wires, Reference):
@@ -232,12 +249,8 @@ class Wiring:
         self.faults.append(self.experiment.fault(path, message))
 
 
-def _joined(sources: list[Source]) -> Source:
-    return tuple(
-        address
-        for source in sources
-        for address in ((source,) if isinstance(source, Address) else source)
-    )
+def _as_tuple(source: Source) -> tuple[Address, ...]:
+    return (source,) if isinstance(source, Address) else source
 
 
 def _path_in(model: nn.Module, module: nn.Module) -> str | None:
