@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from distill import distributed
 from distill.data.plan import Plan
 from distill.model.adapter import Adapter
+from distill.model.distiller import Distiller
 from distill.reference import STUDENT
 from distill.training.rehearsal import Rehearsal
 from distill.training.stage import Assembly, why_whole
@@ -45,7 +46,7 @@ def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:
                 f"{role} stops behind what is asked of it ({asked}): {rehearsal.ran[role]:,} of "
                 f"{total:,} parameters run"
             )
-        elif why_whole(assembly.stage, role) is not None:
+        elif why_whole(assembly.stage, role) is not None and _could_be_cut(distiller, role):
             yield f"{role} is not cut: {why_whole(assembly.stage, role)}"
         elif captured:
             yield f"{role} runs whole: its output is asked for"
@@ -54,6 +55,10 @@ def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:
             yield f"{role} runs without {names}: what they give is not asked for"
         if role in distiller.untraced:
             yield f"{role} runs its side branches, if it has any: {distiller.untraced[role]}"
+
+
+def _could_be_cut(distiller: Distiller, role: str) -> bool:
+    return role in distiller.captures or distiller.parts_asked(role) is not None
 
 
 def _adapters(assembly: Assembly) -> Iterator[str]:
