@@ -82,10 +82,12 @@ def assemble(
     make = Maker(builder, stage, parts, seed, device, faults)
     assembly.auxiliary = make.auxiliary()
     assembly.terms = make.losses()
+    told = len(faults)
     run = {
         role: redesigned(builder, entry, roles[role], assembly.auxiliary, faults)
         for role, entry in stage.roles.items()
     }
+    are_rows_known = len(faults) == told
     assembly.specials = {
         role: special_module(builder, entry, run[role], faults)
         for role, entry in stage.roles.items()
@@ -94,33 +96,51 @@ def assemble(
     wiring = Wiring(builder.experiment, stage, run, roles, faults)
     wiring.place(assembly.auxiliary)
     assembly.in_rows = [assembly.auxiliary[name] for name in wiring.placed]
-    auxiliary = _auxiliary_calls(assembly, wiring)
+    auxiliary = _auxiliary_calls(assembly, wiring, are_rows_known=are_rows_known)
+    adapting, terms = _term_calls(assembly, wiring, make)
+    auxiliary, assembly.unasked = _asked([*auxiliary, *adapting], terms)
+    if not faults:
+        assembly.distiller = _distiller(assembly, wiring, auxiliary, terms, device)
+    return assembly
+
+
+def _term_calls(assembly: Assembly, wiring: Wiring, make: Maker) -> tuple[list[Call], list[Call]]:
+    """Return the calls of adapters, and those of terms."""
+    adapting: list[Call] = []
     terms: list[Call] = []
     for name, module in assembly.terms.items():
-        term = stage.criterion[name]
+        term = assembly.stage.criterion[name]
         call = wiring.call(name, term, module)
         if term.adapter:
             assembly.adapters[name] = make.adapter(name)
             *before, call = wiring.adapted(name, term, call, assembly.adapters[name])
-            auxiliary += before
+            adapting += before
         terms.append(call)
-    auxiliary, assembly.unasked = _asked(auxiliary, terms)
-    if not faults:
-        weights = {name: term.weight for name, term in stage.criterion.items()}
-        reduced = (device.type, REDUCED[stage.precision]) if stage.precision in REDUCED else None
-        assembly.distiller = Distiller(
-            student=run[STUDENT],
-            teachers={role: model for role, model in run.items() if role != STUDENT},
-            auxiliary=auxiliary,
-            criterion=Criterion(terms, weights),
-            captures=_captures_asked(wiring, [*auxiliary, *terms]),
-            parameters=wiring.parameters,
-            specials=assembly.specials,
-            borrowed=[name for name, part in stage.auxiliary.items() if part.module is not None],
-            whole=[role for role in stage.roles if why_whole(stage, role)],
-            autocast=reduced,
-        )
-    return assembly
+    return adapting, terms
+
+
+def _distiller(
+    assembly: Assembly,
+    wiring: Wiring,
+    auxiliary: list[Call],
+    terms: list[Call],
+    device: torch.device,
+) -> Distiller:
+    stage, models = assembly.stage, wiring.models
+    weights = {name: term.weight for name, term in stage.criterion.items()}
+    reduced = (device.type, REDUCED[stage.precision]) if stage.precision in REDUCED else None
+    return Distiller(
+        student=models[STUDENT],
+        teachers={role: model for role, model in models.items() if role != STUDENT},
+        auxiliary=auxiliary,
+        criterion=Criterion(terms, weights),
+        captures=_captures_asked(wiring, [*auxiliary, *terms]),
+        parameters=wiring.parameters,
+        specials=assembly.specials,
+        borrowed=[name for name, part in stage.auxiliary.items() if part.module is not None],
+        whole=[role for role in stage.roles if why_whole(stage, role)],
+        autocast=reduced,
+    )
 
 
 def why_whole(stage: Stage, role: str) -> str | None:
@@ -133,13 +153,18 @@ def why_whole(stage: Stage, role: str) -> str | None:
     return "parallel: fsdp gathers whole forwards" if sharding.is_sharded(stage) else None
 
 
-def _auxiliary_calls(assembly: Assembly, wiring: Wiring) -> list[Call]:
+def _auxiliary_calls(assembly: Assembly, wiring: Wiring, *, are_rows_known: bool) -> list[Call]:
+    """Return the calls of auxiliary modules, less those that a redesigned model makes itself.
+
+    Where it has not come to be, modules without inputs may be meant for it.
+    """
     calls = []
     for name, described in assembly.stage.auxiliary.items():
         module = assembly.auxiliary.get(name)
         if described.module is not None:
             module = wiring.module(described)
-        if module is not None and name not in wiring.placed:
+        is_fed = are_rows_known or bool(described.inputs)
+        if module is not None and is_fed and name not in wiring.placed:
             calls.append(wiring.call(name, described, module))
     return calls
 
