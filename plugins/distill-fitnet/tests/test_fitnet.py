@@ -207,7 +207,6 @@ def test_a_parameter_of_the_regressor_out_of_range_is_named(params, message):
         ({"in_size": [8, 8]}, (2, 3, 4, 4), (2, 5, 4, 4), r"in_size is \[8, 8\].*have \[4, 4\]"),
         ({"out_size": [8, 8]}, (2, 3, 4, 4), (2, 5, 4, 4), r"out_size is \[8, 8\].*have \[4, 4\]"),
         ({}, (2, 3, 4, 4), None, r"give out_channels, or wire .* `like`"),
-        ({}, (2, 3), (2, 5, 4, 4), r"sizes are \[\] and \[4, 4\]; flatten or pool"),
         ({}, (2, 3, 4), (2, 5, 4, 4), r"features must be vectors .* or maps .* got \(2, 3, 4\)"),
         ({"kernel_size": 3}, (2, 3), (2, 5), r"features must be maps .* got \(2, 3\)"),
         ({}, (2, 3, 4, 4), (2,), r"features must be vectors .* got \(2,\)"),
@@ -241,3 +240,34 @@ def test_features_of_different_shapes_are_refused_with_a_remedy():
     message = r"student \(2, 3, 4, 4\) and teacher \(2, 5, 4, 4\) .* a ConvRegressor"
     with pytest.raises(ValueError, match=message):
         HintLoss()(maps(2, 3, 4, 4), maps(2, 5, 4, 4))
+
+
+PLAIN = {"batch_norm": False, "relu": False}
+
+
+def test_a_map_becomes_a_vector_by_its_mean_and_a_linear_layer():
+    features, like = torch.randn(3, 4, 5, 6), torch.randn(3, 7)
+    regressor = ConvRegressor(**PLAIN)
+    regressor.setup(features, like)
+    weight, bias = regressor.parameters()
+    expected = features.mean((2, 3)) @ weight.T + bias
+    torch.testing.assert_close(regressor(features, like), expected)
+
+
+def test_a_vector_becomes_a_map_that_is_the_same_everywhere():
+    features, like = torch.randn(3, 4), torch.randn(3, 7, 5, 6)
+    regressor = ConvRegressor(**PLAIN)
+    regressor.setup(features, like)
+    weight, bias = regressor.parameters()
+    expected = (features @ weight.T + bias)[:, :, None, None].expand(3, 7, 5, 6)
+    torch.testing.assert_close(regressor(features, like), expected)
+
+
+def test_maps_and_vectors_are_normalised_in_the_form_that_comes_out():
+    vector, features = torch.randn(8, 7), torch.randn(8, 4, 5, 6)
+    for given, like in ((features, vector), (vector, features)):
+        regressor = ConvRegressor()
+        regressor.setup(given, like)
+        out = regressor(given, like)
+        assert out.shape == like.shape
+        assert out.min() == 0

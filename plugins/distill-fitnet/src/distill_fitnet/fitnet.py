@@ -84,7 +84,8 @@ class ConvRegressor(FittedLayers):
                                     equal sizes; far larger student maps make it very large)
     anything else, such as 7 -> 28  convolution 1x1, then bilinear interpolation (RepDistiller
                                     refuses these)
-    vectors                         linear layer
+    vectors                         linear layer; for a map, the same at every position
+    maps, for a vector              mean over positions, linear layer
     =============================== =============================================================
 
     Height and width must both follow a row for it to be taken. Where maps later have another size
@@ -108,12 +109,13 @@ class ConvRegressor(FittedLayers):
 
     Shape:
         - features: (B, C_s, H_s, W_s) or (B, D_s).
-        - like: (B, C_t, H_t, W_t) or (B, D_t), of which only the shape is used.
+        - like: (B, C_t, H_t, W_t) or (B, D_t), of which only the shape is used; a map for vectors
+          and a vector for maps too.
         - returns: the shape of ``like``.
 
     Raises:
         ValueError: a parameter out of range; features that are neither maps nor vectors, or of
-            another shape than the parameters say; a map to be made from vectors or the reverse.
+            another shape than the parameters say.
         RuntimeError: used before its shapes are known.
 
     Source: Romero et al., 2015, https://arxiv.org/abs/1412.6550, for a convolutional regressor;
@@ -171,16 +173,16 @@ class ConvRegressor(FittedLayers):
     def layer(self, in_channels: int, out_channels: int) -> nn.Module:
         """Build the layers, of which ``apply_layer`` may interpolate between the first two."""
         in_size, out_size = self._sizes
-        if bool(in_size) != bool(out_size):
-            raise ValueError(
-                f"{type(self).__name__}: cannot make a map from vectors or vectors from a map: "
-                f"sizes are {in_size} and {out_size}; flatten or pool the maps first"
-            )
-        norm: type[nn.Module]
-        if in_size:
-            project, norm = self._convolution(in_channels, out_channels), nn.BatchNorm2d
+        project: nn.Module
+        if in_size and out_size:
+            project = self._convolution(in_channels, out_channels)
         else:
-            project, norm = nn.Linear(in_channels, out_channels, self.bias), nn.BatchNorm1d
+            project = nn.Linear(in_channels, out_channels, self.bias)
+        if in_size and not out_size:
+            project = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), project)
+        if out_size and not in_size:
+            project = nn.Sequential(project, nn.Unflatten(1, (out_channels, 1, 1)))
+        norm: type[nn.Module] = nn.BatchNorm2d if out_size else nn.BatchNorm1d
         return nn.Sequential(
             OrderedDict(
                 project=project,
