@@ -331,6 +331,21 @@ def test_a_saved_state_waits_for_a_module_to_find_its_shapes():
     assert not parts.saved
 
 
+def test_a_learned_state_is_not_lost_while_its_module_has_no_layers():
+    parts, key = Parts(), ("auxiliary_modules", "one", "small")
+    learned = Paraphraser()
+    learned.setup(torch.zeros(2, 4))
+    parts.resume_from({"|".join(key): learned.state_dict()})
+    parts.add(key, Paraphraser())
+    assert parts.state_dict()["|".join(key)].keys() == learned.state_dict().keys()
+
+
+def test_what_never_had_layers_is_not_in_the_checkpoint():
+    parts = Parts()
+    parts.add(("auxiliary_modules", "one", "small"), Paraphraser())
+    assert parts.state_dict() == {}
+
+
 def test_copies_share_nothing():
     parts, module = Parts(), nn.Linear(2, 1)
     parts.add(("losses", "one", "x"), module)

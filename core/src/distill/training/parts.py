@@ -58,9 +58,11 @@ class Parts:
         return Parts({key: copy.deepcopy(part) for key, part in self.modules.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all, those that are not there again yet among them."""
-        states: dict[PartKey, Any] = {**self.saved}
-        states.update({key: part.state_dict() for key, part in self.modules.items()})
+        """Return the states of all that have their layers, or had them in the checkpoint."""
+        states: dict[PartKey, Any] = {
+            key: part.state_dict() for key, part in self.modules.items() if key not in self.unset
+        }
+        states.update(self.saved)
         return {"|".join(key): state for key, state in states.items()}
 
     def resume_from(self, states: Mapping[str, Any]) -> None:
