@@ -394,3 +394,21 @@ def test_find_module_follows_a_path_and_the_empty_one_is_the_model():
 )
 def test_split_path_parts_submodule_and_key(path, parts):
     assert split_path(ToyMLP(), path) == parts
+
+
+def test_the_last_call_of_the_model_itself_can_be_captured():
+    model = ToyMLP()
+    with Capture(model, ["@-1"]) as capture:
+        output = model(INPUTS)
+        assert not capture.stop_early()
+        assert torch.equal(capture.pop()["@-1"], output)
+
+
+def test_a_module_with_two_places_is_not_taken_to_be_done_at_the_first():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(shared, nn.Tanh()), nn.Sequential(shared), nn.Tanh())
+    with Capture(model, ["0.0@-1"]) as capture:
+        for _ in range(2):
+            output = model(INPUTS)
+            assert not capture.stop_early()
+            assert torch.equal(capture.pop()["0.0@-1"].tanh(), output)

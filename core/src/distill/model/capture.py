@@ -190,7 +190,7 @@ class Capture:
 
     def _hook_end(self, tap: _Tap, model: nn.Module) -> RemovableHandle:
         """Notice that the module around a tapped one ends, unless that is the model itself."""
-        around = next(m for m in model.modules() if tap.module in m.children())
+        around = next((m for m in model.modules() if tap.module in m.children()), model)
 
         def after(module: nn.Module, _args: Any, _output: Any) -> None:
             if self.enabled and module is not model:
@@ -205,6 +205,8 @@ class Capture:
         runs = self._runs[tap.path] = self._runs.get(tap.path, 0) + 1
         if tap.call is not None and 0 <= tap.call != runs - 1:
             return
+        if tap.path in self._ends:  # it has another place too, so that end was not the last
+            self._ends[tap.path] += 1
         # Tensors of inference mode do not count how often they are overwritten.
         if tap.path in self.cloned or torch.is_inference_mode_enabled():
             value = map_tensors(torch.Tensor.clone, value)
