@@ -83,7 +83,7 @@ class Distiller(nn.Module):
         for capture in self.captures.values():
             capture.enabled = False
         self._calls = tuple(auxiliary)
-        self._shown = dict(parameters or {})
+        self._tensors_asked = dict(parameters or {})
         self._specials = dict(specials or {})
         self._held: tuple[nn.Module, ...] = ()
         self._autocast = autocast
@@ -253,7 +253,7 @@ class Distiller(nn.Module):
             for role in self._teachers:
                 self._run(values, role, batch)
         self._run(values, STUDENT, batch)
-        for name, (module, attribute) in self._shown.items():
+        for name, (module, attribute) in self._tensors_asked.items():
             values[name] = getattr(module, attribute)
         return values
 
