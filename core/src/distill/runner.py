@@ -19,6 +19,7 @@ from distill.environment import describe_environment
 from distill.errors import ConfigError, DistillError, UsageError, did_you_mean
 from distill.observer import Observer, Position, RunEnd, RunStart, StageResult
 from distill.plugins import plugins
+from distill.reference import STUDENT
 from distill.registry import Registry
 from distill.run_directory import GIVEN, RESOLVED, open_run, resolved_text, seed_directory
 from distill.summary import measured_on, summary_table
@@ -191,9 +192,7 @@ def evaluate(
         raise UsageError(f"{names}: compared with a teacher, which is done during a run only")
     how = evaluating(run, chosen)
     model.to(device)
-    specials = {}
-    if chosen.student.special is not None:
-        specials = {"student": special_module(builder, chosen.student, model, [])}
+    specials = {STUDENT: special_module(builder, chosen.student, model)}
     return dataset, measure(model, source[dataset], metrics, how, specials=specials)
 
 

@@ -36,26 +36,21 @@ def redesigned(
     return made
 
 
-def special_module(
-    builder: Builder, role: Role, model: nn.Module, faults: list[Fault]
-) -> nn.Module:
-    """Return the module that calls the model, which has no parameters besides the model's."""
-    assert role.special is not None
-    try:
-        special = builder.module("special_modules", role.special, model)
-    except ConfigError as error:
-        faults.extend(error.faults)
-        return model
+def special_module(builder: Builder, role: Role, model: nn.Module) -> nn.Module | None:
+    """Return the module that calls the model, ``None`` if the model is called by itself.
+
+    Raises:
+        ConfigError: if it cannot be built, or has parameters besides the model's.
+    """
+    if role.special is None:
+        return None
+    special = builder.module("special_modules", role.special, model)
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    foreign = [
-        name
-        for name, tensor in (*special.named_parameters(), *special.named_buffers())
-        if id(tensor) not in own
-    ]
-    if foreign:
-        message = (
-            f"{role.special.type} has parameters or buffers of its own ({foreign[0]}), which "
-            "nothing would train or save; they belong into an auxiliary module"
-        )
-        faults.append(builder.experiment.fault(role.special.path, message))
+    for name, tensor in (*special.named_parameters(), *special.named_buffers()):
+        if id(tensor) not in own:
+            message = (
+                f"{role.special.type} has parameters or buffers of its own ({name}), which "
+                "nothing would train or save; they belong into an auxiliary module"
+            )
+            raise builder.experiment.error(role.special.path, message)
     return special

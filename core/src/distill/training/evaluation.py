@@ -51,7 +51,7 @@ def evaluate(
     metrics: Mapping[str, Metric],
     how: Evaluating,
     teachers: Mapping[str, nn.Module] | None = None,
-    specials: Mapping[str, nn.Module] | None = None,
+    specials: Mapping[str, nn.Module | None] | None = None,
 ) -> dict[str, float]:
     """Return each metric's value by name; the models are in eval mode meanwhile.
 
@@ -63,7 +63,7 @@ def evaluate(
         metrics: by name; reset first.
         how: batches, device, precision.
         teachers: by role, for metrics that compare with them.
-        specials: by role, called with the batch in the model's place.
+        specials: by role, called with the batch in the model's place if there is one.
 
     Raises:
         DataError: if no sample can be read.
@@ -76,7 +76,7 @@ def evaluate(
     around = dict(specials or {})
     calls = {role: partial(call_model, one, around.get(role)) for role, one in models.items()}
     with (
-        in_eval_mode([*models.values(), *around.values()]),
+        in_eval_mode([*models.values(), *filter(None, around.values())]),
         torch.no_grad(),
         torch.autocast(how.device.type, how.autocast, enabled=how.autocast is not None),
     ):

@@ -55,7 +55,7 @@ def _find(entry: Freeze, trained: Mapping[str, nn.Module], frozen: Frozen) -> No
 
 
 def freeze(builder: Builder, assembly: Assembly) -> None:
-    """Freeze it, until the stage's roles are not in force any more.
+    """Freeze it, and modules that do not run, until the stage's roles are not in force any more.
 
     Raises:
         ConfigError: if an entry means nothing.
@@ -66,5 +66,8 @@ def freeze(builder: Builder, assembly: Assembly) -> None:
     assembly.frozen = frozen.parameters
     for parameter in frozen.parameters:
         parameter.requires_grad_(False)
+    for name in assembly.unasked:
+        if name in assembly.auxiliary:
+            assembly.auxiliary[name].requires_grad_(False)
     assert assembly.distiller is not None
     assembly.distiller.hold(frozen.held)

@@ -133,9 +133,8 @@ class Measuring:
         # Whatever its role, what is measured stands in the student's place.
         around = {STUDENT: (role, model), **{r: (r, m) for r, m in teachers.items()}}
         specials = {
-            place: special_module(self.run.builder, self.stage.roles[r], m, [])
+            place: special_module(self.run.builder, self.stage.roles[r], m)
             for place, (r, m) in around.items()
-            if self.stage.roles[r].special is not None
         }
         return evaluate(model, self.run.sources[dataset], metrics, how, teachers, specials)
 

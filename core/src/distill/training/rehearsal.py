@@ -90,9 +90,6 @@ def rehearse(
         set_up(distiller, assembly.parts, batch, seed)
     assembly.parts.restore()
     freeze(builder, assembly)
-    for name in assembly.unasked:
-        if name in assembly.auxiliary:
-            assembly.auxiliary[name].requires_grad_(False)
     with (
         _as_in_training(assembly, batch),
         buffers_kept(distiller),
@@ -161,7 +158,7 @@ def rehearse_measuring(
     experiment = builder.experiment
     for role in roles:
         model, entry = assembly.roles[role], assembly.stage.roles[role]
-        special = special_module(builder, entry, model, []) if entry.special else None
+        special = special_module(builder, entry, model)
         with (
             in_eval_mode([model, *([special] if special else [])]),
             buffers_kept(model),

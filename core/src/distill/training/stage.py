@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distill.config.experiment import Stage
-from distill.errors import Fault
+from distill.errors import ConfigError, Fault
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import Call
@@ -88,11 +88,14 @@ def assemble(
         for role, entry in stage.roles.items()
     }
     are_rows_known = len(faults) == told
-    assembly.specials = {
-        role: special_module(builder, entry, run[role], faults)
-        for role, entry in stage.roles.items()
-        if entry.special is not None
-    }
+    for role, entry in stage.roles.items():
+        try:
+            special = special_module(builder, entry, run[role])
+        except ConfigError as error:
+            faults.extend(error.faults)
+            continue
+        if special is not None:
+            assembly.specials[role] = special
     wiring = Wiring(builder.experiment, stage, run, roles, faults)
     wiring.place(assembly.auxiliary)
     assembly.in_rows = [assembly.auxiliary[name] for name in wiring.placed]
