@@ -3,7 +3,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from distill import Batch, Sample
+from distill import Batch, Sample, Views
 from distill.data.batch import collate, map_tensors
 
 Pair = namedtuple("Pair", "left right")
@@ -81,3 +81,10 @@ def test_moving_a_batch_keeps_its_place_in_the_step():
     place = {"share": 0.5, "ends_step": False, "lead": 1, "skipped": ((3, "torn"),)}
     batch = Batch(torch.zeros(2), None, torch.arange(2), **place).to("cpu")
     assert {name: getattr(batch, name) for name in place} == place
+
+
+def test_collate_puts_the_views_of_a_sample_side_by_side():
+    views = [Views((torch.full((2,), float(n)), torch.full((2,), n + 0.5))) for n in range(3)]
+    batch = collate([Sample(pair, n, n) for n, pair in enumerate(views)])
+    assert batch.inputs[:, 0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert batch.targets.tolist() == batch.index.tolist() == [0, 1, 2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill import ConfigError, Observer, check, run
+from distill import ConfigError, Observer, check, labels, run
 from distill.testing import ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.checkpoint import load_state, load_weights
@@ -59,6 +59,17 @@ class Remembering(nn.Module):
         return input
 
 
+class Bank(nn.Module):
+    """Knows every sample of the data by its index."""
+
+    def setup(self, student, dataset):
+        self.register_buffer("rows", torch.zeros(len(dataset), student.shape[1]))
+        self.labels = labels(dataset)
+
+    def forward(self, student):
+        return (student - self.rows[: len(student)]).square().mean()
+
+
 class Stubborn(nn.Module):
     def setup(self, features):
         raise ValueError("features must have a prime number of channels")
@@ -86,7 +97,7 @@ def registry(bomb=None):
     auxiliary = {c.__name__: c for c in (Paraphraser, Stubborn, Remembering)}
     return toy_registry(
         auxiliary_modules=auxiliary,
-        losses={"Between": Between},
+        losses={"Between": Between, "Bank": Bank},
         observers={"Bomb": lambda: bomb or Observer()},
     )
 
@@ -434,3 +445,25 @@ def test_a_stage_put_together_twice_has_the_very_modules(tmp_path):
 def test_the_student_written_is_loaded_into_its_plain_class(tmp_path):
     trained(tmp_path, HINT)
     load_weights(ToyMLP(), tmp_path / "run" / "stage0" / "last.safetensors")
+
+
+BANK = {"criterion": {"bank": {"type": "Bank"}}}
+
+
+def test_a_setup_that_asks_for_the_data_set_is_given_it(tmp_path):
+    ready = seed_run(tmp_path, BANK)
+    with ExitStack() as stack:
+        bank = prepare(ready, ready.builder.experiment.stages[0], stack).assembly.terms["bank"]
+    assert bank.rows.shape == (20, 3)
+    assert bank.labels[:4] == [0, 1, 2, 0]
+
+
+def test_what_knows_the_samples_of_one_data_set_is_not_used_with_another(tmp_path):
+    other = {"data": {"train": "val"}}
+    with pytest.raises(
+        ConfigError,
+        match=r"stages.stage0.criterion.bank: Bank knows the samples of "
+        "data set 'train' by their index, and this stage trains on 'val'",
+    ):
+        run(toy_experiment(tmp_path, BANK, other), registry=registry(), runs=tmp_path)
+    run(toy_experiment(tmp_path, BANK, {**other, **BANK}), registry=registry(), runs=tmp_path)

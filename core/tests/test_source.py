@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill import DataError, Sample
+from distill import DataError, Sample, Views
 from distill.data.source import Source
 from distill.testing import ToyData
 
@@ -81,3 +81,12 @@ def test_an_error_of_a_transform_names_data_set_and_sample(joint):
     assert source.read(1).target == 1
     with pytest.raises(DataError, match=r"'photos': sample 2 .*ValueError: cannot be decoded"):
         source.read(2)
+
+
+def test_views_of_a_sample_are_transformed_each_by_itself():
+    drawn = iter(range(10))
+    given = Sample(Views((torch.zeros(()), torch.ones(()))), 4)
+    source = Source("s", [given], [lambda value: value * 10, lambda value: value + next(drawn)])
+    sample = source.read(0)
+    assert isinstance(sample.input, Views)
+    assert [view.item() for view in sample.input] == [0.0, 11.0]

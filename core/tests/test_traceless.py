@@ -1,5 +1,7 @@
 """Trial forwards that leave no trace in a module's buffers."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -43,3 +45,35 @@ def test_buffers_are_kept_after_an_error():
         model(torch.randn(2, 1, 4, 4))
     assert model.norm.num_batches_tracked == 0
     assert model.norm.running_var.tolist() == [1.0] * 4
+
+
+class Caring(nn.Module):
+    """Sees to its own buffers, and has a part that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(2))
+        self.part, self.is_kept = Remembering(), False
+
+    @contextmanager
+    def unchanged(self):
+        self.is_kept = True
+        yield
+        self.is_kept = False
+
+    def forward(self):
+        self.part()
+        if not self.is_kept:
+            self.bank += 1
+
+
+def test_a_module_may_see_to_its_own_buffers(monkeypatch):
+    module, copied = Caring(), []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t: copied.append(t) or clone(t))
+    with buffers_kept(module):
+        module()
+    assert module.bank.tolist() == module.part.changed.tolist() == [0.0, 0.0]
+    assert not any(tensor is module.bank for tensor in copied)
+    module()
+    assert module.bank.tolist() == [1.0, 1.0]

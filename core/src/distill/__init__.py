@@ -2,8 +2,9 @@
 
 This page is the whole contract for plugin authors and Python users; everything else may move.
 
-Plugin authors: ``hookimpl``, ``Sample``, ``Batch``, ``labels`` of a data set, ``Metric``,
-``Observer`` and the events it is told of, ``DistillError`` and its kinds.
+Plugin authors: ``hookimpl``, ``Sample``, ``Views`` of one, ``Batch``, ``labels`` of a data set,
+``gather`` for losses on the batch of all processes, ``claim`` before much memory is taken,
+``Metric``, ``Observer`` and the events it is told of, ``DistillError`` and its kinds.
 Python users: ``load`` an experiment, ``check`` it, ``run`` it; ``plugins`` gives the registry to
 create any component by name; ``Capture`` records features of any module of any model.
 """
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     from distill.config.load import load as load
     from distill.data.batch import Batch as Batch
     from distill.data.batch import Sample as Sample
+    from distill.data.batch import Views as Views
     from distill.data.labels import labels as labels
+    from distill.global_batch import gather as gather
+    from distill.memory import claim as claim
     from distill.model.capture import Capture as Capture
     from distill.observer import EpochEnd as EpochEnd
     from distill.observer import EvaluationEnd as EvaluationEnd
@@ -58,7 +62,10 @@ _LAZY = {
     "StageEnd": "distill.observer",
     "StageStart": "distill.observer",
     "StepEnd": "distill.observer",
+    "Views": "distill.data.batch",
     "check": "distill.runner",
+    "claim": "distill.memory",
+    "gather": "distill.global_batch",
     "labels": "distill.data.labels",
     "load": "distill.config.load",
     "run": "distill.runner",
@@ -83,7 +90,10 @@ __all__ = [
     "StageStart",
     "StepEnd",
     "StorageError",
+    "Views",
     "check",
+    "claim",
+    "gather",
     "hookimpl",
     "labels",
     "load",

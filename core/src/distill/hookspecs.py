@@ -42,7 +42,10 @@ def distill_losses() -> Components:  # type: ignore[empty-body]
     """Terms of a criterion: ``(**params) -> nn.Module``; ``forward(<named tensors>) -> scalar``.
 
     The parameter names of ``forward`` are wired to references; ``student``, ``teacher`` and
-    ``targets`` are wired by themselves.
+    ``targets`` are wired by themselves. Buffers are in the checkpoint, and after each epoch every
+    process gets the main one's. A loss that keeps much in buffers of its own has a method
+    ``unchanged``: a context in which a call of it changes none of them. Core then neither copies
+    nor exchanges them, so they have to change alike on every process, see ``distill.gather``.
     """
 
 
@@ -53,7 +56,8 @@ def distill_auxiliary_modules() -> Components:  # type: ignore[empty-body]
     ``(**params) -> nn.Module``; ``forward(<named tensors>) -> tensor, or a list or mapping of
     tensors``. One that finds its shapes in what it is fed has a method ``setup`` with the
     parameters of ``forward``: it is called once, seeded, with the values of two samples, and builds
-    the layers. Losses may have one too.
+    the layers. Losses may have one too. If ``setup`` has a parameter ``dataset``, it is the
+    stage's training data, behind its wrappers and before its transforms.
     """
 
 

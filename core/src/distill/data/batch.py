@@ -13,6 +13,15 @@ IMAGES = 4
 """Dimensions of a batch of images, which may lie in memory with the channels last."""
 
 
+class Views(tuple[Any, ...]):
+    """Several images of one sample, as a dataset wrapper makes them of its input.
+
+    Each transform of the file is applied to each of them by itself. The default collate puts the
+    views of all samples into one batch, those of a sample side by side: inputs (B * V, ...) beside
+    targets and index (B).
+    """
+
+
 @dataclass(frozen=True)
 class Sample:
     """One item of a data set.
@@ -45,6 +54,7 @@ class Batch:
         ends_step: whether the weights are updated after this batch.
         lead: so many samples in front belong to another process's part.
         skipped: samples that could not be read, with the reason.
+        sizes: how many samples of the global batch each process has; empty outside training.
     """
 
     inputs: Any
@@ -55,6 +65,7 @@ class Batch:
     ends_step: bool = True
     lead: int = 0
     skipped: Sequence[tuple[int, str]] = ()
+    sizes: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -106,11 +117,16 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 def collate(samples: list[Sample]) -> Batch:
     """Put samples together as torch's default collate does; targets stay ``None`` if they are."""
     targets = [sample.target for sample in samples]
+    inputs = [view for sample in samples for view in _views(sample.input)]
     return Batch(
-        inputs=default_collate([sample.input for sample in samples]),
+        inputs=default_collate(inputs),
         targets=None if all(t is None for t in targets) else default_collate(targets),
         index=torch.tensor([sample.index for sample in samples]),
         extras=default_collate([dict(sample.extras) for sample in samples])
         if samples[0].extras
         else {},
     )
+
+
+def _views(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Views) else (value,)

@@ -63,7 +63,9 @@ def training_batches(
     parts = list(plan.parts(seed, epoch, lead))
     batches = _batches(source, [part.keys for part in parts], loading, seed, epoch)
     for batch, part in zip(batches, parts, strict=True):
-        yield replace(batch, share=part.share, lead=part.lead, ends_step=part.ends_step)
+        yield replace(
+            batch, share=part.share, lead=part.lead, ends_step=part.ends_step, sizes=part.sizes
+        )
 
 
 def evaluation_batches(

@@ -58,7 +58,8 @@ class Mixing:
 
 def _without_lead(batch: Batch) -> Batch:
     def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[batch.lead :]
+        each = len(tensor) // len(batch.index)  # more than one, of views
+        return tensor[batch.lead * each :]
 
     return replace(
         batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -26,12 +27,14 @@ class Part:
         share: weight of its mean loss, see ``Batch``.
         lead: so many keys in front belong to other processes; see ``distill.data.mixing``.
         ends_step: whether the weights are updated after it.
+        sizes: how many samples of the batch each process has.
     """
 
     keys: list[Key]
     share: float
     lead: int
     ends_step: bool
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,14 @@ class Plan:
             samples = sum(map(len, step))
             for number, batch in enumerate(step):
                 keys = _counted(batch, seen)
-                start, end = (len(batch) * r // world for r in (rank, rank + 1))
+                bounds = [len(batch) * r // world for r in range(world + 1)]
+                sizes = tuple(end - start for start, end in itertools.pairwise(bounds))
+                start, end = bounds[rank], bounds[rank + 1]
                 share = (end - start) * world / samples
                 end = max(end, start + 1)  # with nothing left, a sample that does not count
                 before = lead if world > 1 else 0
                 own = [keys[i % len(keys)] for i in range(start - before, end)]
-                yield Part(own, share, before, number == len(step) - 1)
+                yield Part(own, share, before, number == len(step) - 1, sizes)
 
     def _order(self, seed: int, epoch: int) -> list[int]:
         if self.sampler is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from distill.data.batch import Batch, Sample, collate
+from distill.data.batch import Batch, Sample, Views, collate
 from distill.errors import DataError
 
 
@@ -17,7 +17,7 @@ class Source:
     Attributes:
         name: its name in the experiment file.
         dataset: items are ``(input, target)`` or ``Sample``.
-        transforms: applied to the input in order.
+        transforms: applied to the input in order, or to each of its views.
         joint_transforms: applied to input and target together, before ``transforms``.
         collate: puts samples together.
     """
@@ -51,11 +51,18 @@ class Source:
             value, target = sample.input, sample.target
             for joint in self.joint_transforms:
                 value, target = joint(value, target)
-            for transform in self.transforms:
-                value = transform(value)
+            if isinstance(value, Views):
+                value = Views(self._transformed(view) for view in value)
+            else:
+                value = self._transformed(value)
         except Exception as error:
             raise DataError(
                 f"data set '{self.name}': sample {index} cannot be read: "
                 f"{type(error).__name__}: {error}"
             ) from error
         return replace(sample, input=value, target=target, index=index)
+
+    def _transformed(self, value: Any) -> Any:
+        for transform in self.transforms:
+            value = transform(value)
+        return value

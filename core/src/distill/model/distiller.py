@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from distill.data.batch import Batch, map_tensors
+from distill.global_batch import shared_out
 from distill.model.branches import Untraceable, without_side_branches
 from distill.model.capture import Capture, Complete
 from distill.model.criterion import Criterion
@@ -99,6 +100,12 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the unweighted scalar of each term by name, and ``total``."""
+        if len(batch.sizes) < 2:
+            return self._losses(batch)
+        with shared_out(batch.sizes):
+            return self._losses(batch)
+
+    def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         losses: dict[str, torch.Tensor] = self.criterion(self.values(batch))
         return losses
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,13 +70,18 @@ class Call:
         """
         return self.run(self.module, values)
 
-    def set_up(self, values: Values) -> None:
+    def set_up(self, values: Values, more: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Let a module that finds its shapes in what it is fed build its layers.
+
+        Args:
+            values: as for a call.
+            more: arguments beside those of a call, by name.
 
         Raises:
             CallError: as a call.
         """
-        self.run(self.module.setup, values)  # type: ignore[arg-type]
+        setup: Callable[..., Any] = self.module.setup  # type: ignore[assignment]
+        self.run(partial(setup, **more), values)
 
     def addresses(self) -> Iterator[Address]:
         """Yield where the arguments are found."""

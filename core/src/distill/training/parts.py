@@ -28,11 +28,13 @@ class Parts:
         modules: by key.
         unset: keys of modules that are still to find their shapes in what they are fed.
         saved: states from a checkpoint by key, until their modules are there again.
+        data: name of the data set that a module was set up with, where it asked for it.
     """
 
     modules: dict[PartKey, nn.Module] = field(default_factory=dict)
     unset: set[PartKey] = field(default_factory=set)
     saved: dict[PartKey, Mapping[str, Any]] = field(default_factory=dict)
+    data: dict[PartKey, str] = field(default_factory=dict)
 
     def add(self, key: PartKey, module: nn.Module) -> None:
         """Take in a new module."""

@@ -87,7 +87,7 @@ def rehearse(
                 copied += _copy_overwritten(experiment, assembly, role)
         distiller.cut(batch)
     with _as_in_training(assembly, batch), failures_told(experiment, assembly):
-        set_up(distiller, assembly.parts, batch, seed)
+        set_up(distiller, assembly.parts, source, batch, seed)
     assembly.parts.restore()
     freeze(builder, assembly)
     with (

@@ -36,6 +36,7 @@ from distill.training.seed_run import SeedRun, memory_format
 from distill.training.spread import Spread, spread
 from distill.training.stage_events import StageEvents, count_parameters
 from distill.training.stage_notes import stage_notes
+from distill.training.traceless import keeps_its_own
 
 SINGLE = "more than 1 value per channel"
 """What torch says where BatchNorm is to train on a single sample."""
@@ -252,7 +253,8 @@ class _Training:
         """
         modules = [*self.spread.assembly.trained().values()]
         modules += [self.average.model] if self.average is not None else []
-        distributed.broadcast_from_main([buffer for m in modules for buffer in m.buffers()])
+        parts = (p for m in modules for p in m.modules() if not keeps_its_own(p))
+        distributed.broadcast_from_main([b for p in parts for b in p.buffers(recurse=False)])
         weights = [p.detach() for p in self.loop.optimization.parameters]
         if not sharding.all_finite(weights):
             raise NumericalError(
