@@ -149,8 +149,20 @@ class Deciding(Branching):
         return {"out": self.head(x), "aux": side}
 
 
+class Coding(Branching):
+    """Has a part whose name torch.fx keeps for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.code = nn.Linear(4, 4)
+
+    def forward(self, x, scale=None):
+        return {"out": self.head(self.code(self.first(x))), "aux": self.side(x)}
+
+
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Drawing, "draws random numbers"), (Deciding, "control flow")]
+    ("kind", "reason"),
+    [(Drawing, "draws random numbers"), (Deciding, "control flow"), (Coding, "Code has not been")],
 )
 def test_a_forward_that_cannot_be_followed_is_left_alone_with_the_reason(kind, reason):
     model = kind()

@@ -34,9 +34,9 @@ def claim(nbytes: int, device: torch.device, what: str, otherwise: str = "") -> 
         if nbytes > free:
             advice = f"; {otherwise}" if otherwise else ""
             raise ValueError(f"{text}: {_size(nbytes - free)} are missing{advice}")
-    if is_main() and text not in _told:
+    if is_main() and what not in _told:
         print(text, file=sys.stderr, flush=True)
-        _told.add(text)
+        _told.add(what)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from distill.model.capture import find_module
+from distill.model.wiring import first_line
 
 
 class Untraceable(Exception):
@@ -68,7 +69,10 @@ def without_side_branches(
         return None
     for node in reversed(dead):
         graph.erase_node(node)
-    return Pruned(fx.GraphModule(model, graph), left_out)
+    try:
+        return Pruned(fx.GraphModule(model, graph), left_out)
+    except Exception as error:  # names of the model's own that torch.fx keeps for itself
+        raise Untraceable(first_line(error)) from error
 
 
 def _children_called(nodes: Iterable[fx.Node]) -> list[str]:
@@ -89,8 +93,7 @@ def _trace(model: nn.Module, tapped: set[nn.Module]) -> fx.Graph:
     try:
         graph = _Tracer(shells).trace(shell, concrete_args=defaults or None)
     except Exception as error:  # the model is foreign code
-        text = str(error).strip().split("\n")[0] or type(error).__name__
-        raise Untraceable(text) from error
+        raise Untraceable(first_line(error)) from error
     if _random_states() != before:
         # What was drawn would stand in the trace once and for all.
         raise Untraceable("it draws random numbers in its forward")
