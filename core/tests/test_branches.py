@@ -154,10 +154,10 @@ class Coding(Branching):
 
     def __init__(self):
         super().__init__()
-        self.code = nn.Linear(4, 4)
+        self.code = nn.Sequential(nn.Linear(4, 4))
 
     def forward(self, x, scale=None):
-        return {"out": self.head(self.code(self.first(x))), "aux": self.side(x)}
+        return {"out": self.head(self.code[0](self.first(x))), "aux": self.side(x)}
 
 
 @pytest.mark.parametrize(

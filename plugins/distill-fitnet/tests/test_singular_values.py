@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from distill.testing import LossConformance
-from distill_fitnet.singular_values import KDSVDLoss, right_singular_vectors
+from distill_fitnet import singular_values, singular_vectors
+from distill_fitnet.singular_values import KDSVDLoss
+from distill_fitnet.singular_vectors import MainVector, right_singular_vectors
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -94,7 +96,8 @@ SHAPES = [(2, 4, 3, 3), (2, 6, 2, 2), (2, 3, 2, 4)]
 
 
 @pytest.mark.parametrize(
-    ("k", "spare", "width"), [(1, 3, 8.0), (1, 0, 2.0), (2, 3, 8.0), (3, 1, 5)]
+    ("k", "spare", "width"),
+    [(1, 3, 8.0), (1, 0, 2.0), (1, 3, 0.05), (2, 3, 8.0), (3, 1, 5), (2, 3, 0.3)],
 )
 def test_equals_the_formula_written_out(k, spare, width):
     students, teachers = layers(*SHAPES, seed=1), layers(*SHAPES, seed=11)
@@ -122,6 +125,124 @@ def test_gradient_of_the_vectors_is_that_of_torchs_decomposition(shape, count):
     (wanted,) = torch.autograd.grad((weight * rows.mT[:, :, :count].square()).sum(), features)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-8)
     assert values.shape == (2, count)
+
+
+def as_behind_a_relu(*shape, seed=0, dtype=torch.float64):
+    """Return maps of one sign, in which the first singular vector stands out."""
+    return draw(*shape, seed=seed, dtype=dtype).abs() + 0.5
+
+
+def refuse(*_):
+    pytest.fail("a map was decomposed whose first vector stands out")
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8, 9), (3, 64, 9, 9), (3, 96, 4, 4), (3, 5, 2, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=["float32", "float64"]
+)
+def test_a_vector_that_stands_out_and_its_gradient_are_those_of_torchs_decomposition(
+    shape, dtype, near, monkeypatch
+):
+    features = as_behind_a_relu(*shape, seed=1, dtype=dtype).requires_grad_()
+    exact = features.detach().double().requires_grad_()
+    *_, rows = torch.linalg.svd(exact.flatten(2).mT, full_matrices=False)
+    wanted = rows[:, :1].mT
+    wanted = wanted * wanted.sum(1, keepdim=True).sign()
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+    vectors = singular_values._turned(singular_vectors.main_vectors(features))
+    torch.testing.assert_close(vectors.double(), wanted, rtol=0, atol=near)
+    weight = draw(*vectors.shape, seed=3)
+    (gradient,) = torch.autograd.grad((weight.to(dtype) * vectors).sum(), features)
+    (slope,) = torch.autograd.grad((weight * wanted).sum(), exact)
+    size = slope.abs().max().item()
+    torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=10 * near * size)
+
+
+def spectrum(*values, dtype=torch.float64, turn=True):
+    """Return a map (1, C, 4, 4) with given singular values."""
+    count = len(values)
+    left, right = (torch.linalg.qr(draw(size, size, seed=size))[0] for size in (16, count))
+    if not turn:
+        left, right = torch.eye(16, dtype=left.dtype), torch.eye(count, dtype=left.dtype)
+    matrix = left[:, :count] * torch.tensor(values, dtype=left.dtype) @ right.mT
+    return matrix.mT.reshape(1, count, 4, 4).to(dtype)
+
+
+@pytest.mark.parametrize("turn", [True, False], ids=["turned", "diagonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("values", "clear"),
+    [
+        ((1.0, 0.1, 0.01), True),
+        ((1.0, 0.0, 0.0), True),  # of rank 1
+        ((1.0, 0.1, 0.1), True),
+        ((1e6, 1.0, 1e-6), True),
+        ((1e-6, 1e-8, 1e-10), True),
+        ((1.0, 1.0, 0.1), False),
+        ((1.0, 0.999999, 0.1), False),
+        ((1.0, 0.97, 0.1), False),
+        ((0.1, 0.1, 0.1), False),
+        ((0.0, 0.0, 0.0), False),
+    ],
+)
+def test_only_a_vector_that_stands_out_is_taken_without_a_decomposition(values, clear, dtype, turn):
+    features = spectrum(*values, dtype=dtype, turn=turn)
+    found = MainVector.of(features)
+    assert found.clear.tolist() == [clear]
+    if clear:
+        *_, rows = torch.linalg.svd(features.flatten(2).mT.double())
+        cosine = (rows[:, :1] @ found.on_channels().double()).abs().item()
+        assert cosine == pytest.approx(1.0, abs=1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def hard_maps(channels, seed):
+    """Return maps (6, C, 4, 4): two that are easy, and between them four that are not."""
+    easy = as_behind_a_relu(2, channels, 4, 4, seed=seed)
+    equal = spectrum(*[1.0] * 2, *[0.5] * (channels - 2))
+    plain = draw(1, channels, 4, 4, seed=seed + 1)
+    flat = plain.clone()
+    flat[:, 2:] = 0
+    return torch.cat((easy[:1], equal, plain, flat, -plain, easy[1:]))
+
+
+def test_samples_of_one_batch_may_be_easy_and_hard():
+    students = [hard_maps(channels, seed=1)[[0, 2, 3, 4, 5]] for channels in (5, 4)]
+    teachers = [hard_maps(channels, seed=21)[[0, 2, 3, 4, 5]] for channels in (5, 4)]
+    clear = MainVector.of(students[0]).clear
+    assert clear.any()
+    assert not clear.all()
+    loss = KDSVDLoss()(students, teachers)
+    assert loss.item() == pytest.approx(by_hand(students, teachers), rel=1e-10)
+    inputs = [student.requires_grad_() for student in students]
+    assert torch.autograd.gradcheck(lambda *given: KDSVDLoss()(given, teachers), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hard_samples_leave_the_gradient_of_the_others_alone(dtype):
+    students = [hard_maps(channels, seed=1).to(dtype) for channels in (5, 4)]
+    teachers = [hard_maps(channels, seed=21).to(dtype) for channels in (5, 4)]
+    students = [torch.cat((side, torch.zeros_like(side[:1]))) for side in students]
+    teachers = [torch.cat((side, side[:1])) for side in teachers]
+    inputs = [student.requires_grad_() for student in students]
+    KDSVDLoss()(inputs, teachers).backward()
+    (alone,) = ([side.detach()[:1].requires_grad_() for side in students],)
+    KDSVDLoss()(alone, [side[:1] for side in teachers]).backward()
+    for together, single in zip(inputs, alone, strict=True):
+        assert together.grad.isfinite().all()
+        assert not together.grad[-1].any()
+        close = 1e-4 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(
+            together.grad[:1] * len(together), single.grad, rtol=close, atol=close * 1e-3
+        )
+
+
+def test_a_first_vector_far_from_the_teachers_is_not_taken_for_the_closest():
+    teachers = [spectrum(1.0, 0.1, 0.05, turn=False)] * 2
+    students = [spectrum(0.1, 1.0, 0.05, turn=False)] * 2
+    assert MainVector.of(students[0]).clear.all()
+    loss = KDSVDLoss()(students, teachers)
+    assert loss.item() == pytest.approx(by_hand(students, teachers), abs=1e-14)
+    assert KDSVDLoss(spare=0)(students, teachers) > 1e-3
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -47,6 +47,8 @@ class NSTLoss(PairwiseLoss):
         - returns: scalar, summed over layers, computed in float32, or in float64 if one of the
           features is. At least 0, apart from rounding.
 
+    Second derivatives are not meant to be taken.
+
     A channel that is 0 everywhere, as ReLUs give them, counts as the vector 0 and gets no
     gradient.
 
@@ -76,18 +78,14 @@ class NSTLoss(PairwiseLoss):
     def layer_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the discrepancy of one layer's channels."""
         check_maps(self, student, teacher)
-        students, teachers = (
-            unit_vectors(features.flatten(2), dim=2, smallest=SMALLEST_NORM)
-            for features in pool_to_smaller(student, teacher)
-        )
-        channels = students.shape[1] + teachers.shape[1]
+        students, teachers = (each.flatten(2) for each in pool_to_smaller(student, teacher))
+        quadratic = self.kernel == "polynomial" and self.degree == 2
         # Autocast would multiply in half precision.
         with torch.autocast(students.device.type, enabled=False):
             if self.kernel == "linear":
-                return _squared_distance(students.mean(1), teachers.mean(1))
-            quadratic = self.kernel == "polynomial" and self.degree == 2
-            if quadratic and students.shape[2] < channels:
-                return self._over_positions(students, teachers)
+                return _squared_distance(*(_units(side).mean(1) for side in (students, teachers)))
+            if quadratic and _fewer_products_over_positions(students, teachers):
+                return self._over_positions(_units(students), _units(teachers))
             return self._over_channels(students, teachers)
 
     def _over_positions(self, students: Tensor, teachers: Tensor) -> Tensor:
@@ -96,7 +94,7 @@ class NSTLoss(PairwiseLoss):
         The sum over all pairs of (x_i . x_j)^2, times their weights, is the squared norm of the sum
         over all i of x_i x_i^T, times its weight; weights add up to 0, so that c^2 cancels.
         """
-        ours, theirs = (side.mT @ side / side.shape[1] for side in (students, teachers))
+        ours, theirs = (_own_products(side.mT) / side.shape[1] for side in (students, teachers))
         discrepancy = _squared_distance(ours, theirs)
         if self.offset:
             means = _squared_distance(students.mean(1), teachers.mean(1))
@@ -104,10 +102,17 @@ class NSTLoss(PairwiseLoss):
         return discrepancy
 
     def _over_channels(self, students: Tensor, teachers: Tensor) -> Tensor:
-        """Return the discrepancy by the kernel of all pairs of channels."""
-        sides = (students, students), (teachers, teachers), (students, teachers)
-        products = [first @ second.mT for first, second in sides]
-        own, others, mixed = self._kernels(*products)
+        """Return the discrepancy by the kernel of all pairs of channels, not yet normalised."""
+        own, others = _own_products(students), _own_products(teachers)
+        mixed = students @ teachers.mT
+        # Products are divided by norms rather than channels, which are more numbers.
+        ours, theirs = _reciprocal_norms(own), _reciprocal_norms(others)
+        normalised = (
+            own * (ours.mT * ours),
+            others * (theirs.mT * theirs),
+            mixed * (ours.mT * theirs),
+        )
+        own, others, mixed = self._kernels(*normalised)
         return own.mean() + others.mean() - 2 * mixed.mean()
 
     def _kernels(self, own: Tensor, others: Tensor, mixed: Tensor) -> list[Tensor]:
@@ -133,3 +138,32 @@ class NSTLoss(PairwiseLoss):
 def _squared_distance(first: Tensor, second: Tensor) -> Tensor:
     """Return the squared distance of one sample's matrices, averaged over the samples."""
     return F.mse_loss(first, second, reduction="sum") / len(first)
+
+
+def _fewer_products_over_positions(students: Tensor, teachers: Tensor) -> bool:
+    """Say which way multiplies less, there and back; the teacher has no way back."""
+    ours, theirs, positions = students.shape[1], teachers.shape[1], students.shape[2]
+    over_channels = 2 * ours**2 + theirs**2 + 2 * ours * theirs
+    # The channels' matrices are normalised, and so are the channels themselves for the positions':
+    # that weighs as much as a tenth of the products.
+    return 1.1 * positions * (2 * ours + theirs) < over_channels
+
+
+def _units(features: Tensor) -> Tensor:
+    """Return channels (B, C, positions) divided by their norms."""
+    return unit_vectors(features, dim=2, smallest=SMALLEST_NORM)
+
+
+def _own_products(rows: Tensor) -> Tensor:
+    """Return x_i . x_j for all pairs of rows (B, N, M), for a loss that is symmetric in i and j.
+
+    Then half of the gradient is that of the first factor, and the other half the same.
+    """
+    products = rows @ rows.detach().mT
+    return torch.lerp(products.detach(), products, 2.0) if rows.requires_grad else products
+
+
+def _reciprocal_norms(products: Tensor) -> Tensor:
+    """Return 1 / |x_i|, (B, 1, C), from x_i . x_j; 0, without a gradient, for a dead channel."""
+    squares = products.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    return squares.masked_fill(squares <= SMALLEST_NORM**2, math.inf).rsqrt()

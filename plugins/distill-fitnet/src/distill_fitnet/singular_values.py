@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from distill_fitnet.feature_pairs import Features, Pair, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import check_maps
 from distill_fitnet.parameters import Parametrized, check
-from distill_fitnet.vectors import unit_vectors
+from distill_fitnet.singular_vectors import (
+    MainVector,
+    by_sample,
+    main_vectors,
+    of_samples,
+    right_singular_vectors,
+)
+
+ROOM = 0.01
+"""How far above one half a squared cosine must be to be taken for that for certain."""
 
 
 class KDSVDLoss(Parametrized):
@@ -46,8 +55,12 @@ class KDSVDLoss(Parametrized):
     gradients; elsewhere the gradient is that of ``torch.linalg.svd``. Second derivatives are not
     meant to be taken.
 
-    Each sample's map needs a decomposition, of a matrix of its channels or positions, whichever are
-    fewer. That is slow, and on a GPU it makes the host wait.
+    With k = 1 the first vector of a map is enough where it stands out, as behind a ReLU. It is
+    found by multiplying with the matrix, and taken if a bound on its error is within rounding and
+    no other of the student's can be closer to the teacher's: squared cosines add up to 1 at most.
+    Maps for which that does not hold, and all with k > 1, are decomposed: a matrix of their
+    channels or positions, whichever are fewer, which is slow. On a GPU the host waits to know which
+    they are, and for each decomposition.
 
     Args:
         k: singular vectors to compare, >= 1.
@@ -86,8 +99,8 @@ class KDSVDLoss(Parametrized):
             raise ValueError("KDSVDLoss: at least two layers are needed, for it relates layers")
         # Autocast would multiply in half precision.
         with torch.autocast(pairs[0][0].device.type, enabled=False):
-            vectors = [self._aligned(*pair) for pair in pairs]
-            losses = [self._relation_loss(above, below) for below, above in pairwise(vectors)]
+            series = [self._sum_and_difference(*self._aligned(*pair)) for pair in pairs]
+            losses = [_relation_loss(above, below) for below, above in pairwise(series)]
         return sum_over_layers(self, losses) / len(pairs[0][0])
 
     def _aligned(self, student: Tensor, teacher: Tensor) -> Pair:
@@ -97,29 +110,60 @@ class KDSVDLoss(Parametrized):
         )
         self._check_size(student)
         self._check_size(teacher)
-        target, values = right_singular_vectors(teacher, self.k)
-        target = torch.where(target.sum(1, keepdim=True) < 0, -target, target)
+        if self.k > 1:
+            target, values = right_singular_vectors(teacher, self.k)
+            scale = F.normalize(values, dim=1).unsqueeze(1)
+            target = _turned(target)
+            return self._matching(student, target) * scale, target * scale
+        target = _turned(main_vectors(teacher))
+        return self._matching_main(student, target), target
+
+    def _matching(self, student: Tensor, target: Tensor) -> Tensor:
+        """Return for each vector of the teacher (B, C, k) the student's closest, turned to it."""
         candidates, _ = right_singular_vectors(student, self.k + self.spare)
         cosines = candidates.detach().mT @ target
         best = cosines.abs().argmax(dim=1, keepdim=True)
         chosen = candidates.gather(2, best.expand(-1, target.shape[1], -1))
-        scale = F.normalize(values, dim=1).unsqueeze(1)
-        return chosen * cosines.gather(1, best).sign() * scale, target * scale
+        return chosen * cosines.gather(1, best).sign()
 
-    def _relation_loss(self, above: Pair, below: Pair) -> Tensor:
-        student, teacher = (
-            self._relations(high.mT, low.mT) for high, low in zip(above, below, strict=True)
+    def _matching_main(self, student: Tensor, target: Tensor) -> Tensor:
+        """Return the same for one vector, decomposing only maps whose closest is not obvious."""
+        main = MainVector.of(student)
+        cosines = (main.on_channels() * target).sum(1, keepdim=True)
+        # Half of the square, or more, leaves less for any other.
+        obvious = main.clear & (cosines.square().flatten() > 0.5 + ROOM)
+        signs = cosines.sign()
+        return by_sample(
+            obvious,
+            lambda chosen: main.vectors(chosen) * of_samples(signs, chosen),
+            lambda others: self._matching(of_samples(student, others), of_samples(target, others)),
         )
-        return F.mse_loss(student, teacher, reduction="sum")
 
-    def _relations(self, high: Tensor, low: Tensor) -> Tensor:
-        """Return exp(-(h_a - l_c)^2 / w) for all pairs of channels, (B, k, C, C')."""
-        # The square is multiplied out: so one product gives the exponent of all pairs, which are
-        # the many numbers here.
-        one = torch.ones_like
-        left = torch.stack((2 * high, -high.square(), -one(high)), dim=-1) / self.width
-        right = torch.stack((low, one(low), low.square()), dim=-2)
-        return (left @ right).exp_()
+    def _sum_and_difference(self, student: Tensor, teacher: Tensor) -> Pair:
+        """Return P + P' and P - P', (B, k, terms, C), of vectors (B, C, k).
+
+        exp(-(a - c)^2 / w) = P(a) . P(c), by the series of exp(2 a c / w):
+        P_n(a) = exp(-a^2 / w) (2 / w)^(n / 2) a^n / sqrt(n!).
+        """
+        vectors = torch.stack((student.mT, teacher.mT))
+        exponents = -vectors.square() / self.width
+        powers = [exponents.exp()]
+        for factor in self._series_factors(vectors.dtype):
+            powers.append(powers[-1] * (vectors * factor))
+        # The first is 1 but for little, which is all that differs: so the 1 is left to the sum.
+        small = exponents.expm1()
+        ours, theirs = torch.stack((small, *powers[1:]), dim=-2)
+        total = torch.stack((small + 1, *powers[1:]), dim=-2).sum(0)
+        return total, ours - theirs
+
+    def _series_factors(self, dtype: torch.dtype) -> list[float]:
+        """Return sqrt(2 / (w n)) for n = 1 up to where the terms, of a c <= 1, are rounding."""
+        ratio, term = 2 / self.width, 1.0
+        factors: list[float] = []
+        while term > torch.finfo(dtype).eps or len(factors) < ratio:
+            factors.append(math.sqrt(ratio / (len(factors) + 1)))
+            term *= ratio / len(factors)
+        return factors
 
     def _check_size(self, features: Tensor) -> None:
         channels, height, width = features.shape[1:]
@@ -130,51 +174,16 @@ class KDSVDLoss(Parametrized):
             )
 
 
-def right_singular_vectors(features: Tensor, count: int) -> Pair:
-    """Return the first singular vectors on the side of the channels, and the singular values.
+def _relation_loss(above: Pair, below: Pair) -> Tensor:
+    """Return the sum over all pairs of channels of (r^s - r^t)^2.
 
-    Args:
-        features: maps (B, C, H, W), seen as matrices A of H * W rows and C columns.
-        count: how many; at most as many as there are are returned.
-
-    Returns:
-        Vectors (B, C, count), with a gradient, and values (B, count), without. A vector whose
-        singular value is 0 is 0.
+    With r = P Q^T, P from one layer and Q from the other, the difference of the products is half of
+    [P - P', P + P'] [Q + Q', Q - Q']^T, whose squared norm needs no pair of channels.
     """
-    rows = features.flatten(2)
-    if rows.shape[1] <= rows.shape[2]:
-        vectors, squares = leading_eigenvectors(rows, count)
-    else:
-        # The other side has less to decompose: v_i is A^T u_i, divided by its norm.
-        positions, squares = leading_eigenvectors(rows.mT, count)
-        vectors = unit_vectors(rows @ positions, smallest=torch.finfo(rows.dtype).tiny)
-    return vectors, squares.clamp(min=0).sqrt()
+    left, right = torch.cat(above[::-1], dim=-2), torch.cat(below, dim=-2)
+    return ((left @ left.mT) * (right @ right.mT)).sum() / 4
 
 
-def leading_eigenvectors(rows: Tensor, count: int) -> Pair:
-    """Return eigenvectors (B, N, count) of R R^T by falling eigenvalue, and these values.
-
-    The vectors have a gradient, that of perturbation theory: with M = R R^T, v_i moves by the sum
-    over j of v_j (v_j . dM v_i) / (value_i - value_j).
-
-    Args:
-        rows: R, (B, N, M).
-        count: how many; at most N are returned.
-    """
-    with torch.no_grad():
-        values, vectors = (found.flip(-1) for found in torch.linalg.eigh(rows @ rows.mT))
-    first, leading = vectors[:, :, :count], values[:, :count]
-    if rows.requires_grad:
-        change = rows @ (rows.mT @ first)
-        along = vectors.mT @ (change - change.detach())
-        along = along * _damped_inverse(leading.unsqueeze(1), values.unsqueeze(2))
-        first = first + vectors @ along
-    return first, leading
-
-
-def _damped_inverse(value: Tensor, other: Tensor) -> Tensor:
-    """Return 1 / (value - other), falling to 0 where rounding hides the difference."""
-    limits = torch.finfo(value.dtype)
-    gap = value - other
-    noise = limits.eps * torch.maximum(value, other).square()
-    return gap / (gap.square() + noise).clamp(min=limits.tiny)
+def _turned(vectors: Tensor) -> Tensor:
+    """Return vectors (B, C, k) with the signs that make their components add up to >= 0."""
+    return torch.where(vectors.sum(1, keepdim=True) < 0, -vectors, vectors)
