@@ -1,0 +1,150 @@
+"""Relational knowledge distillation, Park et al. 2019: distances and angles between samples."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill_relational.batch_relations import BatchRelationLoss, Gather, unit_vectors
+from distill_relational.parameters import check_choice
+from distill_relational.squared_distances import squared_distances
+from distill_relational.triplet_angles import angle_difference
+
+Reduction = Literal["mean", "sum"]
+
+SMALLEST_SQUARE = 1e-12
+"""What a squared distance of two samples is taken for, at least."""
+SMALLEST_MEAN = 1e-7
+"""Below every mean distance of two samples and more; what one sample is divided by."""
+
+
+class RelationalLoss(BatchRelationLoss):
+    """What both losses of RKD take; see there."""
+
+    def __init__(
+        self,
+        normalize_student: bool = False,
+        normalize_teacher: bool = False,
+        reduction: Reduction = "mean",
+        gather: Gather = "none",
+    ) -> None:
+        super().__init__(gather)
+        check_choice(self, "reduction", reduction, get_args(Reduction))
+        self.normalize_student = normalize_student
+        self.normalize_teacher = normalize_teacher
+        self.reduction = reduction
+
+    def relation_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compare the distances of all pairs of samples, or what follows from them."""
+        if self.normalize_student:
+            student = unit_vectors(student)
+        if self.normalize_teacher:
+            teacher = unit_vectors(teacher)
+        return self.distances_loss(squared_distances(student), squared_distances(teacher))
+
+    def distances_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of squared distances (B, B)."""
+        raise NotImplementedError
+
+
+class RKDDistanceLoss(RelationalLoss):
+    r"""Difference of the distances between samples, each side in units of its own mean.
+
+    .. math::
+        d_{ij} = \frac{\|f_i - f_j\|_2}{\mu}, \quad
+        \mu = \frac{1}{B (B - 1)} \sum_{i \ne j} \|f_i - f_j\|_2, \qquad
+        L = \frac{1}{B^2} \sum_{ij} h(d^s_{ij} - d^t_{ij})
+
+    h is the smooth L1 distance (half the square below 1). RKD adds ``RKDAngleLoss``; as terms of
+    their own each has its weight and its line in the log.
+
+    **Depends on the batch of one process**: pairs and mean are those of the samples that it has.
+    Published numbers are of this kind. ``gather: all`` takes the samples of all processes.
+
+    Args:
+        normalize_student: whether to divide each of the student's vectors by its L2 norm.
+        normalize_teacher: likewise. The authors' metric learning normalises the student alone,
+            mmrazor both, the experiments on CIFAR-100 neither.
+        reduction: ``"mean"`` as above, or ``"sum"`` without the division by B².
+        gather: ``"none"`` or ``"all"``, whose samples are related.
+
+    Shape:
+        - student_features: (B, D_s), or (B, ...), which is flattened; meant are pooled features.
+        - teacher_features: (B, D_t) or (B, ...).
+        - returns: scalar, float32 or wider. Only the student gets a gradient; none where two
+          samples are equal (a squared distance counts as 1e-12 at least). 0 for a single sample.
+
+    Raises:
+        ValueError: a parameter out of range; features that are not of the same batch.
+
+    Weight 25, with 50 for the angles, on CIFAR-100 (RepDistiller) and ImageNet (mmrazor,
+    normalised); 1 and 2 in metric learning and in torchdistill's sample.
+
+    Source: Park et al., *Relational Knowledge Distillation*, CVPR 2019,
+    https://arxiv.org/abs/1904.05068, and the authors' code, with which those named agree.
+    """
+
+    def distances_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compare distances in units of their mean."""
+        ours, theirs = _relative(student), _relative(teacher)
+        return F.smooth_l1_loss(ours, theirs, reduction=self.reduction)
+
+
+class RKDAngleLoss(RelationalLoss):
+    r"""Difference of the angles of all ordered triplets of samples.
+
+    .. math::
+        c_{jik} = \left\langle \frac{f_i - f_j}{\|f_i - f_j\|}, \frac{f_k - f_j}{\|f_k - f_j\|}
+        \right\rangle, \qquad
+        L = \frac{1}{B^3} \sum_{jik} h(c^s_{jik} - c^t_{jik})
+
+    h is the smooth L1 distance (half the square below 1). Where two samples are equal there is no
+    direction, and the cosine counts as 0.
+
+    **Depends on the batch of one process**: triplets are those of the samples that it has.
+    Published numbers are of this kind. ``gather: all`` takes the samples of all processes.
+
+    Time grows with B³, whatever the width of the features, since the angles are found from the
+    B² distances. Memory does not: angles are compared, and their gradient is computed, for
+    max(2**22, B²) of them at a time (2**18 on a CPU), in four arrays. So for batches up to 2048 it
+    takes 64 MiB in float32 (4 MiB on a CPU up to 512).
+
+    Args:
+        normalize_student: whether to divide each of the student's vectors by its L2 norm.
+        normalize_teacher: likewise. The authors' metric learning normalises the student alone,
+            mmrazor both, the experiments on CIFAR-100 neither.
+        reduction: ``"mean"`` as above, or ``"sum"`` without the division by B³.
+        gather: ``"none"`` or ``"all"``, whose samples are related.
+
+    Shape:
+        - student_features: (B, D_s), or (B, ...), which is flattened; meant are pooled features.
+        - teacher_features: (B, D_t) or (B, ...).
+        - returns: scalar, float32 or wider. Only the student gets a gradient, which cannot be
+          differentiated again. 0 for one sample or two.
+
+    Raises:
+        ValueError: a parameter out of range; features that are not of the same batch.
+
+    Weight 50, with 25 for the distances, on CIFAR-100 (RepDistiller) and ImageNet (mmrazor,
+    normalised); 2 and 1 in metric learning and in torchdistill's sample.
+
+    Source: Park et al., *Relational Knowledge Distillation*, CVPR 2019,
+    https://arxiv.org/abs/1904.05068, and the authors' code, with which those named agree.
+    """
+
+    def distances_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compare the angles that distances make."""
+        difference = angle_difference(student, teacher)
+        return difference / len(student) ** 3 if self.reduction == "mean" else difference
+
+
+def _relative(squares: Tensor) -> Tensor:
+    batch = len(squares)
+    own = torch.eye(batch, dtype=torch.bool, device=squares.device)
+    distances = squares.clamp(min=SMALLEST_SQUARE).sqrt().masked_fill(own, 0.0)
+    # All others are positive, so their number is known without a look at them.
+    mean = distances.sum() / max(1, batch * (batch - 1))
+    return distances / mean.clamp(min=SMALLEST_MEAN)

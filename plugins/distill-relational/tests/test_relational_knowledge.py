@@ -1,0 +1,276 @@
+"""RKD's two losses: reference numbers, the formulas written out, and memory that stays bounded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill.testing import LossConformance
+from distill_relational import RKDAngleLoss, RKDDistanceLoss, triplet_angles
+
+METHOD = "rkd"
+BOTH = pytest.mark.parametrize("make", [RKDDistanceLoss, RKDAngleLoss])
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def smooth(difference):
+    return difference**2 / 2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def distance(one, other):
+    return math.sqrt(max(sum((a - b) ** 2 for a, b in zip(one, other, strict=True)), 1e-12))
+
+
+def relative_distances(rows):
+    batch = len(rows)
+    pairs = [(i, j) for i in range(batch) for j in range(batch) if i != j]
+    apart = {pair: distance(rows[pair[0]], rows[pair[1]]) for pair in pairs}
+    mean = sum(apart.values()) / len(apart)
+    return {pair: value / mean for pair, value in apart.items()}
+
+
+def distance_by_hand(student, teacher):
+    ours, theirs = (relative_distances(side.tolist()) for side in (student, teacher))
+    return sum(smooth(ours[pair] - theirs[pair]) for pair in ours)
+
+
+def direction(start, end):
+    difference = [b - a for a, b in zip(start, end, strict=True)]
+    length = math.sqrt(sum(value**2 for value in difference))
+    return [value / max(length, 1e-12) for value in difference]
+
+
+def cosine(rows, j, i, k):
+    to_i, to_k = direction(rows[j], rows[i]), direction(rows[j], rows[k])
+    return sum(a * b for a, b in zip(to_i, to_k, strict=True))
+
+
+def angle_by_hand(student, teacher):
+    ours, theirs = student.tolist(), teacher.tolist()
+    every = range(len(ours))
+    return sum(
+        smooth(cosine(ours, j, i, k) - cosine(theirs, j, i, k))
+        for j in every
+        for i in every
+        for k in every
+    )
+
+
+def published(student, teacher):
+    """Return both losses as published code has them, differentiated by torch."""
+
+    def distances(rows):
+        apart = (rows.unsqueeze(1) - rows.unsqueeze(0)).square().sum(2).clamp(min=1e-12).sqrt()
+        apart = apart * (1 - torch.eye(len(rows), dtype=rows.dtype))
+        return apart / apart[apart > 0].mean()
+
+    def angles(rows):
+        units = F.normalize(rows.unsqueeze(0) - rows.unsqueeze(1), dim=2)
+        return torch.bmm(units, units.mT)
+
+    return tuple(
+        F.smooth_l1_loss(relation(student), relation(teacher)) for relation in (distances, angles)
+    )
+
+
+class TestRKDDistanceLoss(LossConformance):
+    student = "student_features"
+    teacher = "teacher_features"
+
+    def make(self):
+        return RKDDistanceLoss()
+
+    def tensors(self, batch):
+        return {name: torch.randn(batch, 5) for name in ("student_features", "teacher_features")}
+
+
+class TestRKDAngleLoss(TestRKDDistanceLoss):
+    def make(self):
+        return RKDAngleLoss()
+
+
+class TestRKDAngleLossOfUnitVectors(TestRKDDistanceLoss):
+    def make(self):
+        return RKDAngleLoss(normalize_student=True, normalize_teacher=True)
+
+
+def test_losses_and_gradients_equal_the_reference(reference):
+    params, units = reference.params, reference.variant == "l2_normalized"
+    features = reference.tensor("student_feature"), reference.tensor("teacher_feature")
+    distance_loss, angle_loss = (
+        make(units, units, params["reduction"])(*features)
+        for make in (RKDDistanceLoss, RKDAngleLoss)
+    )
+    reference.check(params["dist_factor"] * distance_loss + params["angle_factor"] * angle_loss)
+
+
+@pytest.mark.parametrize("width", [2, 9])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_equal_the_formulas_written_out(width, reduction):
+    student, teacher = 3 * draw(6, width, seed=1), draw(6, 4, seed=2) + 1
+    distances = RKDDistanceLoss(reduction=reduction)(student, teacher)
+    angles = RKDAngleLoss(reduction=reduction)(student, teacher)
+    count = 6 if reduction == "mean" else 1
+    assert distances.item() == pytest.approx(distance_by_hand(student, teacher) / count**2)
+    assert angles.item() == pytest.approx(angle_by_hand(student, teacher) / count**3)
+
+
+@BOTH
+@pytest.mark.parametrize("sides", [(True, False), (False, True)])
+def test_each_side_is_normalised_by_itself(make, sides):
+    student, teacher = draw(5, 4, seed=1) + 1, draw(5, 3, seed=2) + 1
+    units = [
+        side / side.norm(dim=1, keepdim=True) if wanted else side
+        for side, wanted in zip((student, teacher), sides, strict=True)
+    ]
+    torch.testing.assert_close(make(*sides)(student, teacher), make()(*units))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_equal_those_that_torch_finds_for_the_published_code(dtype):
+    student, teacher = draw(20, 8, seed=1, dtype=dtype), draw(20, 6, seed=2, dtype=dtype)
+    student.requires_grad_()
+    for ours, theirs in zip(
+        (RKDDistanceLoss()(student, teacher), RKDAngleLoss()(student, teacher)),
+        published(student, teacher),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+        expected = torch.autograd.grad(theirs, student, retain_graph=True)[0]
+        found = torch.autograd.grad(ours, student, retain_graph=True)[0]
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("vertices", [1, 3, 7])
+def test_angles_in_chunks_are_all_angles(monkeypatch, vertices):
+    student, teacher = draw(7, 4, seed=1).requires_grad_(), draw(7, 4, seed=2)
+    whole = RKDAngleLoss()(student, teacher)
+    monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", vertices * 49)
+    chunked = RKDAngleLoss()(student, teacher)
+    torch.testing.assert_close(chunked, whole)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (chunked, whole)]
+    torch.testing.assert_close(*gradients)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that an operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numbers = max(self.numbers, result.untyped_storage().nbytes() // 8)
+        return result
+
+
+@pytest.mark.parametrize("vertices", [1, 5])
+def test_memory_is_bounded_by_the_chunk(monkeypatch, vertices):
+    chunk = vertices * 40**2
+    monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", chunk)
+    student, teacher = draw(40, 4, seed=1).requires_grad_(), draw(40, 4, seed=2)
+    with Largest() as largest:
+        RKDAngleLoss()(student, teacher).backward()
+    assert largest.numbers == 4 * chunk
+
+
+@BOTH
+def test_samples_far_from_the_origin_and_close_to_each_other_keep_their_digits(make):
+    student, teacher = draw(8, 5, seed=1), draw(8, 5, seed=2)
+    student[1] = student[0] + 1e-3 * draw(5, seed=3)
+    given = (student + 100).float().requires_grad_()
+    wide = given.detach().double().requires_grad_()
+    losses = make()(given, teacher.float()), make()(wide, teacher)
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=0)
+    for loss in losses:
+        loss.backward()
+    difference = (given.grad - wide.grad).abs().max()
+    assert difference < 1e-3 * wide.grad.abs().max()
+
+
+@BOTH
+def test_identical_features_give_0_whatever_their_scale(make):
+    student = draw(5, 4).requires_grad_()
+    loss = make()(student, 3 * student.detach())
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-15)
+    assert student.grad.abs().max() < 1e-7
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_samples_give_finite_losses_and_gradients_of_usual_size(make, dtype):
+    student, teacher = draw(6, 4, seed=1, dtype=dtype), draw(6, 4, seed=2, dtype=dtype)
+    student[3] = student[0]
+    student[4:] = 0
+    student.requires_grad_()
+    loss = make()(student, teacher)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.abs().max() < 10
+    by_hand = {RKDDistanceLoss: distance_by_hand, RKDAngleLoss: angle_by_hand}[make]
+    power = 2 if make is RKDDistanceLoss else 3
+    expected = by_hand(student.detach(), teacher) / 6**power
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@BOTH
+def test_few_samples_have_nothing_to_compare(make):
+    for batch in (1, 2):
+        student = draw(batch, 4, seed=1).requires_grad_()
+        loss = make()(student, draw(batch, 3, seed=2))
+        loss.backward()
+        assert loss.item() == pytest.approx(0, abs=1e-12)
+        assert student.grad.abs().max() < 1e-12
+
+
+@BOTH
+def test_maps_are_flattened(make):
+    student, teacher = draw(4, 3, 2, 2, seed=1), draw(4, 5, 1, 1, seed=2)
+    flat = make()(student.flatten(1), teacher.flatten(1))
+    torch.testing.assert_close(make()(student, teacher), flat)
+
+
+@BOTH
+def test_half_precision_is_within_a_percent(make):
+    student, teacher = draw(16, 8, seed=1), draw(16, 8, seed=2)
+    rounded = make()(student.bfloat16(), teacher.bfloat16())
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(make()(student, teacher).item(), rel=0.01)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"reduction": "none"}, "reduction must be one of 'mean', 'sum', got 'none'"),
+        ({"gather": "some"}, "gather must be one of 'none', 'all', got 'some'"),
+    ],
+)
+def test_a_parameter_out_of_range_is_named(make, params, message):
+    with pytest.raises(ValueError, match=f"{make.__name__}: {message}"):
+        make(**params)
+
+
+@BOTH
+def test_features_that_cannot_be_compared_are_refused(make):
+    wanted = r"must be features \(B, \.\.\.\) of the same batch"
+    with pytest.raises(ValueError, match=r"student \(2, 3\) and teacher \(4, 3\) " + wanted):
+        make()(torch.zeros(2, 3), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"student \(2,\) and teacher \(2, 3\) " + wanted):
+        make()(torch.zeros(2), torch.zeros(2, 3))
+
+
+def test_printing_shows_every_parameter():
+    assert repr(RKDAngleLoss(True)) == (
+        "RKDAngleLoss(normalize_student=True, normalize_teacher=False, reduction='mean', "
+        "gather='none')"
+    )
