@@ -13,6 +13,8 @@ import nox
 PLUGINS = {
     "distill-kd": "plugins/distill-kd",
     "distill-fitnet": "plugins/distill-fitnet",
+    "distill-relational": "plugins/distill-relational",
+    "distill-crd": "plugins/distill-crd",
     "distill-datasets-vision": "plugins/datasets-vision",
 }
 PROJECTS = ["core", *PLUGINS.values()]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,22 +19,15 @@ from time import perf_counter
 
 import torch
 import torchvision
-import yaml
+from engine import Train, by_distill
 from torch import nn
 
-import distill
 from distill.data.batch import Batch
-from distill.training.build import Builder
-from distill.training.loop import Loop
-from distill.training.optimizer import build_optimization
-from distill.training.prepared import prepare
-from distill.training.seed_run import SeedRun
 
 TEACHERS = ("resnet34", "resnet50", "resnet101", "resnet152")
 LAYER = "layer1"
 FRONT = ("conv1", "bn1", "relu", "maxpool", LAYER)
 REDESIGNS = ("whole", {"type": "sequential", "params": {"modules": list(FRONT)}}, "needed")
-Train = Callable[[list[Batch]], None]
 
 
 def by_hand(teacher: nn.Module, student: nn.Module, regressor: nn.Module) -> Train:
@@ -54,28 +46,6 @@ def by_hand(teacher: nn.Module, student: nn.Module, regressor: nn.Module) -> Tra
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-
-    return train
-
-
-def by_distill(teacher: str, redesign: object, folder: Path, stack: ExitStack) -> Train:
-    """Return a function that trains as ``distill run`` does, from an experiment file."""
-    file = folder / "hints.yaml"
-    file.write_text(yaml.safe_dump(_experiment(teacher, redesign)))
-    experiment = distill.load(file)
-    builder = Builder(experiment, distill.plugins())
-    models = {name: builder.model(name, 0) for name in experiment.models}
-    sources = {"noise": builder.source("noise")}
-    run = SeedRun(builder, 0, torch.device("cpu"), folder, lambda *_: None, models, sources)
-    (stage,) = experiment.stages
-    prepared = prepare(run, stage, stack)
-    assembly = prepared.assembly
-    assert assembly.distiller is not None
-    optimization = build_optimization(builder, stage, assembly.trained(), run.device)
-    loop = Loop(assembly.distiller, optimization, run.device, seed=0, stage="hint")
-
-    def train(batches: list[Batch]) -> None:
-        loop.epoch(iter(batches))
 
     return train
 
@@ -125,7 +95,8 @@ def compare(
         deep.eval().requires_grad_(False)
         regressor = nn.Conv2d(64, _channels(teacher), 1)
         sides = [by_hand(deep, torchvision.models.resnet18(), regressor)]
-        sides += [by_distill(teacher, redesign, folder, stack) for redesign in REDESIGNS]
+        described = [_experiment(teacher, redesign) for redesign in REDESIGNS]
+        sides += [by_distill(experiment, folder, stack) for experiment in described]
         times: list[list[float]] = [[] for _ in sides]
         endless = cycle(batches)
         for turn in range(turns + 1):

@@ -1,4 +1,4 @@
-"""Every method of distill-fitnet trains, goes on where it stopped, and over two processes.
+"""Every method on features or relations trains, goes on where it stopped, and over two processes.
 
 Each of its examples is run for one or two epochs a stage on a few digits.
 """
@@ -22,17 +22,27 @@ from distill import distributed
 from distill.registry import SINGULAR, Entry, Registry
 from distill.testing import run_processes
 
-FOLDER = Path(__file__).parents[1] / "plugins/distill-fitnet/examples"
-TEACHER = FOLDER / "digits-teacher.yaml"
+PLUGINS = Path(__file__).parents[1] / "plugins"
+TEACHER = PLUGINS / "distill-fitnet/examples/digits-teacher.yaml"
 """What those without a teacher of their own take theirs from."""
-EXAMPLES = sorted(set(FOLDER.glob("*.yaml")) - {TEACHER})
+EXAMPLES = sorted(
+    file
+    for plugin in ("distill-crd", "distill-fitnet", "distill-relational")
+    for file in (PLUGINS / plugin / "examples").glob("digits-*.yaml")
+    if file != TEACHER
+)
 
 PER_PROCESS = {
+    "digits-cckd": "relates the samples that a process has",
     "digits-dist-plus": "correlates over the samples that a process has",
     "digits-ghnd": "sums over the samples that a process has, and processes are averaged",
     "digits-hnd": "sums over the samples that a process has, and processes are averaged",
     "digits-mgd": "each process draws masks of its own",
+    "digits-pkt": "relates the samples that a process has",
+    "digits-rkd": "relates the samples that a process has",
+    "digits-spkd": "relates the samples that a process has",
     "digits-srd": "normalises by the samples that a process has",
+    "digits-sskd": "compares a copy with the originals that a process has",
     "digits-vitkd": "each process draws masks of its own",
 }
 """Methods that two processes train otherwise than one does, and why."""
@@ -127,6 +137,8 @@ def shortened(example: Path, trained: Path) -> Iterator[str]:
         yield f"{place}.optimizer={{type: SGD, params: {{lr: 1.0e-3, momentum: 0.9}}}}"
         if "data" in stage:
             yield f"{place}.data.batch_size=10"
+            if "batch_sampler" in stage["data"]:
+                yield f"{place}.data.batch_sampler.params.samples_per_class=2"
         if "min_accuracy" in (stage.get("teacher") or {}):
             yield f"{place}.teacher.min_accuracy=0.0"
 
