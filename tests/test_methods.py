@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import distill
@@ -60,17 +63,46 @@ class Stop(distill.Observer):
             raise KeyboardInterrupt
 
 
+@dataclass(frozen=True)
+class Uninterrupted:
+    """A folder in which each example is run once, by whichever worker of the tests asks first."""
+
+    folder: Path
+
+    def __call__(self, example: Path) -> Path:
+        """Return the folder when an example has run in it."""
+        with FileLock(self.folder / "lock"):
+            run(TEACHER, self.folder, self.folder)  # which does nothing where it has run
+        with FileLock(self.folder / f"{example.stem}.lock"):
+            run(example, self.folder, self.folder)
+        return self.folder
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder in which every example has run."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run_all(folder)
-    return folder
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "uninterrupted"
+    folder.mkdir(exist_ok=True)
+    return Uninterrupted(folder)
+
+
+def test_two_processes_train_what_one_does(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """All in one test: each worker of the tests would start the processes for its own share."""
+    run_processes(__file__, str(tmp_path))
+    differences = {}
+    for example in EXAMPLES:
+        ours, theirs = weights(uninterrupted(example), example), weights(tmp_path, example)
+        assert ours.keys() == theirs.keys()
+        differences[example.stem] = max((ours[n] - theirs[n]).abs().max().item() for n in ours)
+    others = {name for name, difference in differences.items() if difference >= ROUNDING}
+    assert others == set(PER_PROCESS), differences
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
-def test_a_method_trains_with_finite_losses(example: Path, uninterrupted: Path) -> None:
-    ended = [event for event in events(uninterrupted, example) if event["event"] == "epoch"]
+def test_a_method_trains_with_finite_losses(example: Path, uninterrupted: Uninterrupted) -> None:
+    ended = [
+        event for event in events(uninterrupted(example), example) if event["event"] == "epoch"
+    ]
     assert [epoch["stage"] for epoch in ended] == [
         s for s in stages(example) for _ in range(epochs(s))
     ]
@@ -79,29 +111,18 @@ def test_a_method_trains_with_finite_losses(example: Path, uninterrupted: Path) 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 def test_a_stopped_method_goes_on_to_the_same_bits(
-    example: Path, uninterrupted: Path, tmp_path: Path
+    example: Path, uninterrupted: Uninterrupted, tmp_path: Path
 ) -> None:
+    trained = uninterrupted(example)
     for stage in stages(example):
         if epochs(stage) == 2:
             Stop.place = (stage, 2)
             with pytest.raises(KeyboardInterrupt):
-                run(example, tmp_path, uninterrupted)
-    run(example, tmp_path, uninterrupted)
-    ours, theirs = weights(uninterrupted, example), weights(tmp_path, example)
+                run(example, tmp_path, trained)
+    run(example, tmp_path, trained)
+    ours, theirs = weights(trained, example), weights(tmp_path, example)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_two_processes_train_what_one_does(uninterrupted: Path, tmp_path: Path) -> None:
-    """All in one test: each worker of the tests would start the processes for its own share."""
-    run_processes(__file__, str(tmp_path))
-    differences = {}
-    for example in EXAMPLES:
-        ours, theirs = weights(uninterrupted, example), weights(tmp_path, example)
-        assert ours.keys() == theirs.keys()
-        differences[example.stem] = max((ours[n] - theirs[n]).abs().max().item() for n in ours)
-    others = {name for name, difference in differences.items() if difference >= ROUNDING}
-    assert others == set(PER_PROCESS), differences
 
 
 def run_all(folder: Path) -> None:
