@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from distill import hookimpl
-from distill_crd.contrastive import CRDEmbedding, CRDLoss
+from distill_crd.contrastive import CRDLoss
+from distill_crd.embedding import CRDEmbedding
 from distill_crd.rotations import Rotations
 from distill_crd.self_supervision import SelfSupervisionLoss, SSKDHead
 from distill_crd.sskd import SSKDLoss, SSKDSimilarityLoss, SSKDTransformedLoss

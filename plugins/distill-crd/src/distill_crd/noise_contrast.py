@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = {"cpu": 2**19, "cuda": 2**26}
+PIECE = {"cpu": 2**20, "cuda": 2**26}
 """Bytes of the largest tensor that a piece makes, by device type."""
 
 
@@ -46,7 +46,7 @@ class Negatives:
     def ratios(self, embedding: Tensor, log_noise: Tensor) -> Iterator[Piece]:
         """Yield exp(product - log_noise) of embeddings (B, D) with their negatives, in pieces.
 
-        Each with the samples it is of, (b, n), and the rows, (n, D) or (b, n, D).
+        Each with the samples it is of, (b, n), and the rows, (n, D) for all of them or (b, n, D).
         """
         if self.marked is not None:
             yield from self._of_marked(embedding, log_noise, self.marked)
@@ -64,16 +64,21 @@ class Negatives:
 
     def _of_listed(self, embedding: Tensor, log_noise: Tensor, index: Tensor) -> Iterator[Piece]:
         fetched = self._piece(self.rows.shape[1] * self.rows.element_size())
-        narrow = embedding.to(self.rows.dtype)
         negatives = min(index.shape[1], fetched)
         samples = max(1, fetched // negatives)
+        narrow = embedding.to(self.rows.dtype)
         for first in range(0, len(index), samples):
             some = slice(first, first + samples)
             for start in range(0, index.shape[1], negatives):
                 chosen = index[some, start : start + negatives]
-                rows = self.rows.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
-                products = torch.bmm(rows, narrow[some, :, None])[..., 0].to(embedding.dtype)
-                yield some, products.sub_(log_noise[some, None]).exp_(), rows
+                rows = self.rows.index_select(0, chosen.flatten())
+                if len(chosen) == 1:
+                    products = narrow[some] @ rows.T
+                else:
+                    rows = rows.view(*chosen.shape, -1)
+                    products = torch.bmm(rows, narrow[some, :, None])[..., 0]
+                products = products.to(embedding.dtype).sub_(log_noise[some, None])
+                yield some, products.exp_(), rows
 
     def _piece(self, each: int) -> int:
         return max(1, PIECE.get(self.rows.device.type, PIECE["cpu"]) // each)
@@ -113,8 +118,8 @@ class _LogNoiseSums(torch.autograd.Function):
         for some, ratios, rows in negatives.ratios(embedding / temperature, noise.log()):
             sums[some] += ratios.log1p().sum(1)
             weights = ratios.div_(ratios + 1).to(rows.dtype)
-            if rows.dim() == 2:  # the rows of all samples
-                gradient += weights @ rows
+            if rows.dim() == 2:
+                gradient[some] += weights @ rows
             else:
                 gradient[some] += torch.bmm(weights[:, None], rows)[:, 0]
         ctx.save_for_backward(gradient.div_(temperature))
