@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import distill
 from distill.cli import main
@@ -23,15 +24,28 @@ RECIPES = [
 FEATURES = [
     f"{data}-{method}"
     for data, methods in {
-        "cifar100": "ab at fitnet ft nst ofd review vid",
-        "imagenet": "at ft ghnd hnd l2 mgd ofd pad review srd srrl vitkd",
+        "cifar100": "ab at cckd crd crd-kd dist fitnet fsp ft ickd kdsvd nst ofd pkt review rkd "
+        "spkd sskd vid",
+        "imagenet": "at cckd crd dist dist-plus ft ghnd hnd ickd ickd-scratch l2 mgd ofd pad "
+        "review rkd srd srrl sskd vitkd",
+        "voc": "cwd ktaad",
     }.items()
     for method in methods.split()
 ]
 NAMES = [*RECIPES, *FEATURES]
-TWO_STAGES = {"cifar100-ab", "cifar100-ft", "imagenet-ft", "imagenet-pad"}
-OTHER_MODELS = {"imagenet-ghnd", "imagenet-hnd", "imagenet-ofd", "imagenet-vitkd"}
+OF_VOC = [name for name in FEATURES if name.startswith("voc-")]
+SSKD = {"cifar100-sskd", "imagenet-sskd"}
+TWO_STAGES = {
+    *("cifar100-ab", "cifar100-fsp", "cifar100-ft", "imagenet-ft", "imagenet-pad", "voc-ktaad"),
+    *SSKD,
+}
+OTHER_MODELS = {
+    *("imagenet-ghnd", "imagenet-hnd", "imagenet-ickd", "imagenet-ofd", "imagenet-vitkd"),
+    *OF_VOC,
+}
+OTHER_DATA = {*SSKD, *OF_VOC}
 OF_CIFAR100 = [name for name in FEATURES if name.startswith("cifar100-")]
+NO_WEIGHTS = (("weights", "null"), ("weights_backbone", "null"), ("pretrained", "false"))
 CHECKPOINT = re.compile(r"runs/([^/]+)/([^/]+)/last\.safetensors")
 
 
@@ -67,15 +81,25 @@ def test_two_samples_run_through_every_stage(name: str, registry: Registry) -> N
     _skip_without_timm(name)
     size = 32 if name in OF_CIFAR100 else 224 if name == "imagenet-vitkd" else 64
     experiment = _load(registry, name).resolved
-    given = [f"datasets.{dataset}={_noise(size)}" for dataset in experiment["datasets"]]
+    given = [
+        f"datasets.{dataset}.{key}={value}"
+        for dataset in experiment["datasets"]
+        for key, value in _noise(size).items()
+    ]
+    if name in OF_VOC:
+        _write_voc(Path("data"))
+        sizes = ("train.joint_transforms[2]", "val.joint_transforms[0]", "val.joint_transforms[1]")
+        given = [f"datasets.{place}.params.size={size}" for place in sizes]
     for model, settings in experiment["models"].items():
         if "checkpoint" in settings:
             given.append(f"models.{model}={{type: {settings['type']}}}")
         given += [
             f"models.{model}.params.{key}={value}"
-            for key, value in (("weights", "null"), ("pretrained", "false"))
+            for key, value in NO_WEIGHTS
             if key in settings.get("params", {})
         ]
+    if name == "imagenet-cckd":
+        given.append("stages.cckd.data.batch_sampler=null")  # noise has no classes to share
     _distill("cp", name)
     _distill("check", "--data", f"{name}.yaml", *(part for g in given for part in ("-s", g)))
 
@@ -139,7 +163,9 @@ def test_a_student_alone_compares_with_the_distilled_one(data: str, registry: Re
     assert alone["test"] == distilled["test"]
 
 
-@pytest.mark.parametrize("name", [name for name in FEATURES if name not in OTHER_MODELS])
+@pytest.mark.parametrize(
+    "name", [name for name in FEATURES if name not in OTHER_MODELS | OTHER_DATA]
+)
 def test_a_method_on_features_compares_with_kd(name: str, registry: Registry) -> None:
     own, kd = (_load(registry, n).resolved for n in (name, name.split("-")[0] + "-kd"))
     assert all(own[key] == kd[key] for key in ("datasets", "models", "seeds", "test"))
@@ -181,12 +207,29 @@ def _skip_without_timm(name: str) -> None:
         pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 
 
-def _noise(size: int) -> str:
-    """Return a data set of two coloured squares, as a value for `-s`."""
-    return (
-        f"{{type: FakeData, params: {{size: 2, image_size: [3, {size}, {size}], num_classes: 10}}, "
-        "transforms: [ToImage, {type: ToDtype, params: {dtype: float32, scale: true}}]}"
-    )
+def _noise(size: int) -> dict[str, str]:
+    """Return keys of a data set of two coloured squares, as values for `-s`."""
+    return {
+        "type": "FakeData",
+        "params": f"{{size: 2, image_size: [3, {size}, {size}], num_classes: 10}}",
+        "transforms": "[ToImage, {type: ToDtype, params: {dtype: float32, scale: true}}]",
+    }
+
+
+def _write_voc(root: Path) -> None:
+    """Write images of noise and their masks in VOC's folders."""
+    folder = root / "VOCdevkit" / "VOC2012"
+    places = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
+    images, masks, lists = (folder / place for place in places)
+    for place in (images, masks, lists):
+        place.mkdir(parents=True)
+    names = [f"{number:02}" for number in range(8)]  # a batch
+    for name in names:
+        noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(images / f"{name}.jpg")
+        Image.fromarray((noise[..., 0] % 21).numpy()).save(masks / f"{name}.png")
+    for split in ("train", "val"):
+        (lists / f"{split}.txt").write_text("\n".join(names), "utf-8")
 
 
 def _text(registry: Registry, name: str) -> str:

@@ -14,7 +14,7 @@ import yaml
 from torch.nn import functional as F
 
 import distill_kd.kd
-from distill_kd import KDLoss
+from distill_kd import DISTLoss, KDLoss
 
 
 def logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
@@ -355,8 +355,10 @@ def test_docstring_examples_hold():
 
 def test_readme_examples_hold(capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    blocks = {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in readme.split("```")[1::2]}
-    term = yaml.safe_load(blocks["yaml"])["criterion"]["kd"]
-    assert term["type"] == "KDLoss"
-    assert isinstance(KDLoss(**term["params"]), KDLoss)
-    exec(blocks["python"], {})
+    blocks = [part.split("\n", 1) for part in readme.split("```")[1::2]]
+    terms = [yaml.safe_load(text)["criterion"] for language, text in blocks if language == "yaml"]
+    kd, dist = terms[0]["kd"], terms[1]["dist"]
+    assert (kd["type"], dist["type"]) == ("KDLoss", "DISTLoss")
+    assert isinstance(KDLoss(**kd["params"]), KDLoss)
+    assert isinstance(DISTLoss(**dist["params"]), DISTLoss)
+    exec(dict(blocks)["python"], {})

@@ -7,15 +7,16 @@ from pathlib import Path
 from torch import nn
 
 from distill import hookimpl
+from distill_kd.dist import DISTLoss
 from distill_kd.kd import KDLoss
 
-__all__ = ["KDLoss", "distill_losses", "distill_presets"]
+__all__ = ["DISTLoss", "KDLoss", "distill_losses", "distill_presets"]
 
 
 @hookimpl
 def distill_losses() -> dict[str, type[nn.Module]]:
     """Offer this package's losses under the names of their classes."""
-    return {"KDLoss": KDLoss}
+    return {kind.__name__: kind for kind in (DISTLoss, KDLoss)}
 
 
 @hookimpl

@@ -6,14 +6,17 @@ import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from distill_kd.logit_pairs import check_same_shape, in_one_type
+from distill_kd.parameters import Parametrized, check, check_choice
 
 Reduction = Literal["batchmean", "mean", "sum"]
 SoftTerm = Literal["kl", "cross_entropy"]
 
 
-class KDLoss(nn.Module):
+class KDLoss(Parametrized):
     r"""Cross entropy with the labels plus the divergence from the teacher's softened classes.
 
     .. math::
@@ -103,15 +106,17 @@ class KDLoss(nn.Module):
         soft_term: SoftTerm = "kl",
     ) -> None:
         super().__init__()
-        _check("temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
-        _check("alpha", alpha, 0 <= alpha < math.inf, "a finite number >= 0")
+        check(self, "temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
+        check(self, "alpha", alpha, 0 <= alpha < math.inf, "a finite number >= 0")
         if beta is None:
-            _check("alpha", alpha, alpha <= 1, "<= 1 unless beta is given (beta is 1 - alpha)")
+            check(self, "alpha", alpha, alpha <= 1, "<= 1 unless beta is given (beta is 1 - alpha)")
             beta = 1 - alpha
-        _check("beta", beta, 0 <= beta < math.inf, "a finite number >= 0, or None for 1 - alpha")
-        _check_name("reduction", reduction, get_args(Reduction))
-        _check("label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "within [0, 1]")
-        _check_name("soft_term", soft_term, get_args(SoftTerm))
+        check(
+            self, "beta", beta, 0 <= beta < math.inf, "a finite number >= 0, or None for 1 - alpha"
+        )
+        check_choice(self, "reduction", reduction, get_args(Reduction))
+        check(self, "label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "within [0, 1]")
+        check_choice(self, "soft_term", soft_term, get_args(SoftTerm))
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta
@@ -122,13 +127,9 @@ class KDLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
-        _check_logits(student, teacher)
-        # Half precision loses small probabilities, and T^2 then multiplies the error.
-        teacher = teacher.detach()
-        if not student.dtype == teacher.dtype == torch.float32:
-            dtype = torch.promote_types(student.dtype, teacher.dtype)
-            dtype = torch.promote_types(dtype, torch.float32)
-            student, teacher = student.to(dtype), teacher.to(dtype)
+        check_same_shape(self, student, teacher)
+        _check_logits(student)
+        student, teacher = in_one_type(student, teacher)
         soft = self._soft_sum(student, teacher)
         # Factors are put together before they meet a tensor: each such meeting costs a kernel.
         weight = self.beta * self.temperature**2 / self._soft_count(student)
@@ -172,35 +173,12 @@ class KDLoss(nn.Module):
         # Not torch's own mean: that is NaN for a batch whose labels are all ignored.
         return (targets != self.ignore_index).sum(dtype=student.dtype).clamp(min=1)
 
-    def extra_repr(self) -> str:
-        """Return the parameters as ``print(loss)`` shows them."""
-        return (
-            f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, "
-            f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
-            f"ignore_index={self.ignore_index}, soft_term={self.soft_term!r}"
-        )
 
-
-def _check(name: str, value: object, fits: bool, allowed: str) -> None:
-    if not fits:
-        raise ValueError(f"KDLoss: {name} must be {allowed}, got {value!r}")
-
-
-def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
-    _check(name, value, value in known, f"one of {', '.join(map(repr, known))}")
-
-
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    shape = tuple(student.shape)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"KDLoss: student and teacher logits must have the same shape, "
-            f"got student {shape} and teacher {tuple(teacher.shape)}"
-        )
+def _check_logits(student: Tensor) -> None:
     if student.ndim < 2 or student.numel() == 0:
         raise ValueError(
             f"KDLoss: logits must have the shape (B, K) or (B, K, ...) and no empty dimension, "
-            f"got {shape}"
+            f"got {tuple(student.shape)}"
         )
 
 
