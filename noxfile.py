@@ -70,10 +70,11 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the loop, hint training and losses; behind -- which of them, and its arguments."""
-    _install(session)
+    """Measure loop, hints, losses, contrast, relations; behind -- which of them, its arguments."""
+    _install(session, "torchdistill>=1.1.5,<2")  # only to compare with
     chosen, *arguments = session.posargs or ["all"]
-    for name in ("loop", "hints", "losses") if chosen == "all" else (chosen,):
+    every = ("loop", "hints", "losses", "contrast", "relations")
+    for name in every if chosen == "all" else (chosen,):
         session.run("python", f"benchmarks/{name}.py", *arguments)
 
 

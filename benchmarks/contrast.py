@@ -10,27 +10,25 @@ torchdistill is compared with where it is installed (pip install torchdistill).
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
 import psutil
 import torch
 from engine import by_distill
+from malloc_pages import add_pages_option, start_again_if_kept
+from timing import Work, taking_turns
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill.data.batch import Batch
 from distill_crd import CRDLoss
 
-Work = Callable[[], object]
 NEGATIVES, WIDTH, CLASSES = 16384, 128, 100
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "float32 banks": {},
@@ -39,8 +37,6 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "queue of 16,384": {"queue": NEGATIVES},
 }
 SIZES = (50_000, 200_000, 400_000, 1_281_167)
-KEPT_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""With these glibc keeps what large temporaries took, instead of asking for fresh pages."""
 
 
 class Labels:
@@ -110,21 +106,6 @@ def _sides(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return unit_vectors(batch, device), unit_vectors(batch, device)
 
 
-def taking_turns(tasks: Sequence[Work], turns: int, device: torch.device) -> list[float]:
-    """Return the median seconds of each task."""
-    times: list[list[float]] = [[] for _ in tasks]
-    for turn in range(turns + 1):
-        for place in range(len(tasks)):
-            number = (place + turn) % len(tasks)
-            started = perf_counter()
-            tasks[number]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:  # the first warms up
-                times[number].append(perf_counter() - started)
-    return [median(each) for each in times]
-
-
 def floor(batch: int, device: torch.device, width: int = 4) -> float:
     """Return the seconds that it takes to read the rows of all negatives, at a copy's speed."""
     source = torch.ones(2**26, device=device)
@@ -169,7 +150,7 @@ def compare_sizes(batch: int, turns: int, device: torch.device) -> None:
         beyond = psutil.Process().memory_info().rss - before - banks
         index = torch.randint(size, (batch,)).to(device)
         drawn = partial(loss._negatives, index, torch.tensor(1, device=device))
-        tasks = [partial(there_and_back, loss, student, teacher, index), drawn]
+        tasks: list[Work] = [partial(there_and_back, loss, student, teacher, index), drawn]
         whole, drawing = taking_turns(tasks, turns, device)
         print(
             f"| {size:,} | {taken:.2f} s | {beyond / 1e6:,.0f} MB | {whole * 1e3:.1f} ms "
@@ -239,13 +220,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7, help="turns of each side")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--pages", choices=["fresh", "kept"], default="fresh", help="what glibc's malloc gives"
-    )
+    add_pages_option(parser)
     parser.add_argument("--only", choices=["losses", "sizes", "steps"])
     options = parser.parse_args()
-    if options.pages == "kept" and "MALLOC_MMAP_MAX_" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT_PAGES})
+    start_again_if_kept(options.pages)
     parts = {"losses": compare_losses, "steps": compare_steps, "sizes": compare_sizes}
     for name, measure in parts.items():
         if options.only in (None, name):

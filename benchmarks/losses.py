@@ -9,14 +9,13 @@ slows the machine slows all. Printed are medians.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 import torchvision
+from timing import Work, taking_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +26,6 @@ CLASSES = 1000
 AIM = 0.05
 """What part of a step a loss may take."""
 
-Work = Callable[[], object]
 Values = dict[str, Any]
 Wires = Mapping[str, str | list[str]]
 """Parameter -> name of a value, or names of several, as in an experiment's file."""
@@ -35,11 +33,15 @@ Wires = Mapping[str, str | list[str]]
 
 @dataclass(frozen=True)
 class Part:
-    """A module and what it is wired to; of a model's own where it is frozen."""
+    """A module and what it is wired to; of a model's own where it is frozen.
+
+    A data set is for modules whose ``setup`` asks for one.
+    """
 
     module: nn.Module
     inputs: Wires
     frozen: bool = False
+    dataset: object = None
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,7 @@ def set_up(parts: Mapping[str, Part], values: Values, device: torch.device) -> N
     for name, part in parts.items():
         arguments = given(found, part.inputs)
         if callable(setup := getattr(part.module, "setup", None)):
-            setup(**arguments)
+            setup(**arguments, **({} if part.dataset is None else {"dataset": part.dataset}))
         part.module.to(device).requires_grad_(not part.frozen)
         found |= named(name, part.module(**arguments))
 
@@ -366,32 +368,40 @@ def tensors_of(outputs: Values) -> list[Tensor]:
     return differentiable({name: out for name, out in outputs.items() if "." not in name})
 
 
-def taking_turns(tasks: list[Work], turns: int, device: torch.device) -> list[float]:
-    """Return the median seconds of each task."""
-    times: list[list[float]] = [[] for _ in tasks]
-    for turn in range(turns + 1):
-        for number, task in enumerate(tasks):
-            started = perf_counter()
-            task()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first warms up
-                times[number].append(perf_counter() - started)
-    return [median(each) for each in times]
+def print_head() -> None:
+    """Print the head of the table whose rows ``report`` prints."""
+    print("\n| loss | step | loss | ratio | auxiliary modules |")
+    print("| ---- | ---: | ---: | ----: | ----------------: |")
 
 
 def report(
-    step: Work, cases: list[Method], values: Values, turns: int, device: torch.device
+    step: Work,
+    cases: list[Method],
+    values: Values,
+    turns: int,
+    device: torch.device,
+    steps: float = 1.0,
 ) -> None:
-    """Measure methods against a step, and print a row for each."""
+    """Measure methods against a step, and print a row for each.
+
+    Args:
+        step: one step of training.
+        cases: the methods.
+        values: what they are wired to.
+        turns: how often each is measured.
+        device: where they run.
+        steps: how many such steps have as many images as the values are of.
+    """
     pairs = [works(method, values, device) for method in cases]
     tasks = [step, *(work for pair in pairs for work in pair)]
     whole, *rest = taking_turns(tasks, turns, device)
+    whole *= steps
     for method, loss, auxiliary in zip(cases, rest[::2], rest[1::2], strict=True):
         print(
             f"| {method.title} | {whole * 1e3:.0f} ms | {loss * 1e3:.1f} ms "
             f"| {loss / whole:.1%}{' (!)' if loss > AIM * whole else ''} "
-            f"| {f'{auxiliary * 1e3:.1f} ms' if method.auxiliary else ''} |"
+            f"| {f'{auxiliary * 1e3:.1f} ms' if method.auxiliary else ''} |",
+            flush=True,
         )
 
 
@@ -409,8 +419,7 @@ def main() -> None:
     print(
         f"{device}, {torch.get_num_threads()} threads, {options.batch} images of {options.size} px"
     )
-    print("\n| loss | step | loss | ratio | auxiliary modules |")
-    print("| ---- | ---: | ---: | ----: | ----------------: |")
+    print_head()
     step = training_step(torchvision.models.resnet18(), images.to(device))
     cases = [*methods(), *affinity_methods()]
     report(step, cases, resnet_values(images), options.turns, device)

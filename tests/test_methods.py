@@ -194,5 +194,5 @@ def events(folder: Path, example: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with distributed.process_group(torch.device("cpu")):
-        run_all(Path(sys.argv[1]))
+    distributed.join(torch.device("cpu"))
+    run_all(Path(sys.argv[1]))

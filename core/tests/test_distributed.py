@@ -31,8 +31,8 @@ def test_a_single_process_forms_no_group(monkeypatch, world):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world:
         monkeypatch.setenv("WORLD_SIZE", world)
-    with distributed.process_group(CPU):
-        assert not torch.distributed.is_initialized()
+    distributed.join(CPU)
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("name", ["cpu", "auto"])
@@ -91,7 +91,15 @@ def measure():
     assert found == {"a": hits / 23}
 
 
+def join_again():
+    """What joined stays: a process that is ahead does not knock at a door about to close."""
+    for number in range(20):
+        distributed.join(CPU)
+        assert distributed.gather_objects(number) == [number, number]
+
+
 if __name__ == "__main__":
-    with distributed.process_group(CPU):
-        exchange()
-        measure()
+    distributed.join(CPU)
+    exchange()
+    measure()
+    join_again()

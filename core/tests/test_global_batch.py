@@ -96,8 +96,8 @@ def run_file(folder, runs):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with distributed.process_group(torch.device("cpu")):
-        if len(sys.argv) == 1:
-            gathered()
-        else:
-            run_file(Path(sys.argv[1]), "two")
+    distributed.join(torch.device("cpu"))
+    if len(sys.argv) == 1:
+        gathered()
+    else:
+        run_file(Path(sys.argv[1]), "two")

@@ -135,7 +135,7 @@ def traces():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with distributed.process_group(CPU):
-        gradients()
-        unused()
-        traces()
+    distributed.join(CPU)
+    gradients()
+    unused()
+    traces()

@@ -130,7 +130,7 @@ def gradients():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with distributed.process_group(CPU):
-        parts()
-        optimizers()
-        gradients()
+    distributed.join(CPU)
+    parts()
+    optimizers()
+    gradients()

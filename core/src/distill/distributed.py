@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -31,18 +30,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, for as long as the context lasts."""
+def join(device: torch.device) -> None:
+    """Join the processes that torchrun started, until this one ends.
+
+    Not until a run ends: a process that joins for the next one while another still leaves would
+    meet a store that is about to close, and wait there for good.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 def device(name: str) -> torch.device:

@@ -137,7 +137,8 @@ def run(
     check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
     builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
     device = _device(experiment)
-    with distributed.process_group(device), open_run(Path(runs), experiment) as directory:
+    distributed.join(device)
+    with open_run(Path(runs), experiment) as directory:
         states = _saved_states(experiment, directory)
         sources: dict[str, Source] = {}
         if not all(_is_complete(experiment, state) for state in states.values()):

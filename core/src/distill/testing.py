@@ -139,7 +139,7 @@ def toy_experiment(folder: Path, *stages: Mapping[str, Any], **keys: Any) -> Exp
 def run_processes(script: str | os.PathLike[str], *arguments: str, processes: int = 2) -> None:
     """Run a Python script in several processes that find each other as under torchrun.
 
-    In the script, ``distill.run`` or ``distill.distributed.process_group`` joins them.
+    In the script, ``distill.run`` or ``distill.distributed.join`` joins them.
 
     Raises:
         RuntimeError: with what it wrote, if one of them fails.

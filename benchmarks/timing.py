@@ -1,0 +1,26 @@
+"""Works measured in turns, so that whatever slows the machine slows all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+
+import torch
+
+Work = Callable[[], object]
+
+
+def taking_turns(tasks: Sequence[Work], turns: int, device: torch.device) -> list[float]:
+    """Return the median seconds of each task; each turn starts with another one."""
+    times: list[list[float]] = [[] for _ in tasks]
+    for turn in range(turns + 1):
+        for place in range(len(tasks)):
+            number = (place + turn) % len(tasks)
+            started = perf_counter()
+            tasks[number]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:  # the first warms up
+                times[number].append(perf_counter() - started)
+    return [median(each) for each in times]
