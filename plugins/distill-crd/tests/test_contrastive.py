@@ -33,7 +33,8 @@ class Given(CRDLoss):
     contrast: torch.Tensor
 
     def _negatives(self, index: torch.Tensor, key: torch.Tensor) -> Any:
-        return lambda bank: Negatives(bank, index=self.contrast[:, 1:])
+        count = torch.full((len(index),), self.contrast.shape[1] - 1)
+        return lambda bank: Negatives(bank, count, index=self.contrast[:, 1:])
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -146,7 +147,7 @@ def test_the_loss_is_that_of_loops_over_what_was_drawn(
     key = loss.seed + loss.steps
     negatives = loss._negatives(INDEX, key)(loss.teacher_bank)
     assert (negatives.marked is None) == (rows_for_one == 0 and "shared_negatives" not in params)
-    places = negatives.index if negatives.marked is None else negatives.marked
+    places = negatives.index if negatives.marked is None else negatives.marked.T
     banks = [b.clone() for b in (loss.teacher_bank, loss.student_bank)]
     positive = [
         p.clone() for p in loss._positives(INDEX, key, (loss.student_bank, loss.teacher_bank))
@@ -295,7 +296,7 @@ def test_identical_sides_a_batch_of_one_and_a_lonely_class_give_finite_losses() 
 def test_fewer_others_than_negatives_come_once_each() -> None:
     loss = made([0, 0, 0, 1, 1], negatives=50)
     negatives = loss._negatives(torch.tensor([0, 3]), loss.seed)(loss.teacher_bank)
-    assert negatives.count().tolist() == [2, 3]
+    assert negatives.count.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("way", ["listed", "marked"])

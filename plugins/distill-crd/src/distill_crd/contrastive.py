@@ -216,16 +216,18 @@ class CRDLoss(Parametrized):
 
     def _negatives(self, index: Tensor, key: Tensor) -> Callable[[Tensor], Negatives]:
         """Return what gives a batch's negatives of a bank."""
-        own = self.of[index][:, None]
         if self.queue is not None:
-            return partial(Negatives, marked=self.queued != own)
+            return _marked(self.queued[:, None] != self.of[index])
         if self.shared_negatives:
             shared = draw_shared(self.classes, self.negatives, key)
-            marked = self.of[shared] != own
-            return lambda bank: Negatives(bank[shared], marked=marked)
+            of_shared = _marked(self.of[shared, None] != self.of[index])
+            return lambda bank: of_shared(bank[shared])
+        count = self.classes.others(index).clamp(max=self.negatives)
         if self._is_marked:
-            return partial(Negatives, marked=mark(self.classes, index, self.negatives, key))
-        return partial(Negatives, index=draw(self.classes, index, self.negatives, key))
+            marked = mark(self.classes, index, self.negatives, key)
+            return partial(Negatives, count=count, marked=marked)
+        drawn = draw(self.classes, index, self.negatives, key)
+        return partial(Negatives, count=count, index=drawn)
 
     def _positives(
         self, index: Tensor, key: Tensor, embeddings: tuple[Tensor, Tensor]
@@ -246,14 +248,14 @@ class CRDLoss(Parametrized):
         for embedding, positive, negatives in sides:
             sums = exponential_sums(embedding, negatives, self.temperature)
             sums += ((embedding * positive).sum(1) / self.temperature).exp().detach()
-            means.append(gather(sums / (negatives.count() + 1)).mean())
+            means.append(gather(sums / (negatives.count + 1)).mean())
         return torch.stack(means) * len(self.of)
 
     def _side(
         self, embedding: Tensor, positive: Tensor, negatives: Negatives, constant: Tensor
     ) -> Tensor:
         """Return the loss of one side for each sample, (B)."""
-        count = negatives.count()
+        count = negatives.count
         prior = count.clamp_min(1).to(embedding.dtype) / len(self.of)
         noise = prior + self.eps
         own = ((embedding * positive).sum(1) / self.temperature).exp() / constant
@@ -282,3 +284,7 @@ class CRDLoss(Parametrized):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._has_constants = bool((self.constants > 0).all())
+
+
+def _marked(marked: Tensor) -> Callable[[Tensor], Negatives]:
+    return partial(Negatives, count=marked.sum(0), marked=marked)

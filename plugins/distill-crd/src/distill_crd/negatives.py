@@ -80,16 +80,22 @@ def draw(classes: Classes, samples: Tensor, count: int, key: Tensor) -> Tensor:
     start = (scattered(bits) & LARGEST) % others
     places = torch.arange(count, device=samples.device) * stride[:, None]
     places.add_(start[:, None]).remainder_(others[:, None])
-    return classes.order[places.add_(behind[:, None])]
+    places.add_(behind[:, None])
+    # Four times as fast on a processor as places for an index.
+    return classes.order.index_select(0, places.flatten()).view_as(places)
 
 
 def mark(classes: Classes, samples: Tensor, count: int, key: Tensor) -> Tensor:
-    """Return which samples ``draw`` gives for each of some, bool (B, N)."""
-    marks = torch.zeros(len(samples), len(classes), dtype=torch.bool, device=samples.device)
+    """Return which samples ``draw`` gives for each of some, bool (N, B)."""
+    size, batch = len(classes), len(samples)
+    marks = torch.zeros(size, batch, dtype=torch.bool, device=samples.device)
+    columns = torch.arange(batch, device=samples.device)[:, None]
+    yes = torch.ones((), dtype=torch.bool, device=samples.device)
     # On a processor what is drawn for a few samples fits into its cache.
-    few = max(1, DRAWN_AT_ONCE // count) if samples.device.type == "cpu" else len(samples)
-    for some, row in zip(samples.split(few), marks.split(few), strict=True):
-        row.scatter_(1, draw(classes, some, count, key), True)
+    few = max(1, DRAWN_AT_ONCE // count) if samples.device.type == "cpu" else batch
+    for some, column in zip(samples.split(few), columns.split(few), strict=True):
+        places = draw(classes, some, count, key).mul_(batch).add_(column)
+        marks.view(-1).put_(places, yes.expand_as(places))
     return marks
 
 
