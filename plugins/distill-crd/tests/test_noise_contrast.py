@@ -47,7 +47,8 @@ def by_loops(
 def test_sums_and_gradients_are_those_of_loops(
     monkeypatch: pytest.MonkeyPatch, piece: int, way: int
 ) -> None:
-    monkeypatch.setitem(noise_contrast.PIECE, "cpu", piece)
+    for sizes in (noise_contrast.PIECE, noise_contrast.FETCHED):
+        monkeypatch.setitem(sizes, "cpu", piece)
     bank, index = vectors(40, 6), some_negatives()
     noise = torch.linspace(0.5, 3, 5, dtype=torch.float64)
     weight = torch.linspace(-1, 2, 5, dtype=torch.float64)

@@ -7,7 +7,7 @@ Memory that a piece needs is used again by the next: to ask for it anew costs as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 PIECE = {"cpu": 2**20, "cuda": 2**26}
-"""Bytes of the largest tensor that a piece makes, by device type."""
+"""Bytes of the products that are taken together, by device type."""
+FETCHED = {"cpu": 2**22, "cuda": 2**26}
+"""Bytes of the rows that are fetched together."""
 
 Piece = tuple[slice, Tensor, Tensor]
 
@@ -51,7 +53,7 @@ class Negatives:
             yield from self._of_listed(embedding, log_noise, self.index)
 
     def _of_marked(self, embedding: Tensor, log_noise: Tensor, marked: Tensor) -> Iterator[Piece]:
-        size = self._piece(len(embedding) * embedding.element_size())
+        size = self._piece(PIECE, len(embedding) * embedding.element_size())
         narrow = embedding.to(self.rows.dtype)
         factors = marked.view(torch.uint8)  # four times as fast to multiply with as bool
         space = _Space()
@@ -64,25 +66,27 @@ class Negatives:
             yield slice(None), wide.exp_().mul_(factors[start : start + size]), rows
 
     def _of_listed(self, embedding: Tensor, log_noise: Tensor, index: Tensor) -> Iterator[Piece]:
-        fetched = self._piece(self.rows.shape[1] * self.rows.element_size())
+        fetched = self._piece(FETCHED, self.rows.shape[1] * self.rows.element_size())
         negatives = min(index.shape[1], fetched)
         samples = max(1, fetched // negatives)
         narrow = embedding.to(self.rows.dtype)
+        space = _Space()
         for first in range(0, len(index), samples):
             some = slice(first, first + samples)
             for start in range(0, index.shape[1], negatives):
-                chosen = index[some, start : start + negatives]
-                rows = self.rows.index_select(0, chosen.flatten())
-                if len(chosen) == 1:
+                chosen = index[some, start : start + negatives].flatten()
+                rows = space.like(self.rows, len(chosen), self.rows.shape[1])
+                torch.index_select(self.rows, 0, chosen, out=rows)
+                if samples == 1:
                     products = rows @ narrow[some].T
                 else:
-                    rows = rows.view(*chosen.shape, -1)
+                    rows = rows.view(len(narrow[some]), -1, rows.shape[1])
                     products = torch.bmm(rows, narrow[some, :, None])[..., 0].T
                 wide = products.to(embedding.dtype).sub_(log_noise[some])
                 yield some, wide.exp_(), rows
 
-    def _piece(self, each: int) -> int:
-        return max(1, PIECE.get(self.rows.device.type, PIECE["cpu"]) // each)
+    def _piece(self, sizes: Mapping[str, int], each: int) -> int:
+        return max(1, sizes.get(self.rows.device.type, sizes["cpu"]) // each)
 
 
 class _Space:
