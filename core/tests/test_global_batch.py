@@ -92,6 +92,7 @@ def gathered():
 def run_file(folder, runs):
     registry = toy_registry(losses={"Spread": Spread})
     run(load(folder / "toy.yaml"), registry=registry, runs=folder / runs)
+    assert load_file(folder / runs / "toy/stage0/last.safetensors")  # there for every process
 
 
 if __name__ == "__main__":

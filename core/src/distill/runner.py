@@ -152,6 +152,7 @@ def run(
                 results += _run_seed(builder, seed, device, folder, tell, sources, states[seed])
             table = summary_table(experiment, results, _no_fractions(builder))
             tell("run_end", RunEnd(results, table, measured_on(experiment)))
+    distributed.barrier()  # what the main process has written is there when any other goes on
     return Result(experiment, registry, directory, results, table, allow_remote_code)
 
 

@@ -34,7 +34,9 @@ class Given(CRDLoss):
 
     def _negatives(self, index: torch.Tensor, key: torch.Tensor) -> Any:
         count = torch.full((len(index),), self.contrast.shape[1] - 1)
-        return lambda bank: Negatives(bank, count, index=self.contrast[:, 1:])
+        listed = self.contrast[:, 1:]
+        kept = torch.ones_like(listed).bool()
+        return lambda bank: Negatives(bank, count, index=listed, kept=kept)
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -152,6 +154,8 @@ def test_the_loss_is_that_of_loops_over_what_was_drawn(
     positive = [
         p.clone() for p in loss._positives(INDEX, key, (loss.student_bank, loss.teacher_bank))
     ]
+    if negatives.kept is not None:
+        places = [place[keeps] for place, keeps in zip(places, negatives.kept, strict=True)]
     rows = [[loss._negatives(INDEX, key)(bank).rows[place] for place in places] for bank in banks]
     ours, theirs = embeddings(4), embeddings(4)
     wanted = [by_loops(e, p, r, 40) for e, p, r in zip(theirs, positive, rows, strict=True)]
@@ -300,11 +304,29 @@ def test_fewer_others_than_negatives_come_once_each() -> None:
 
 
 @pytest.mark.parametrize("way", ["listed", "marked"])
-def test_bf16_embeddings_are_close(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_embeddings_under_autocast_are_close(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("distill_crd.contrastive.MOST_ROWS_FOR_ONE", 0 if way == "listed" else 100)
     exact = made(MANY)(*embeddings(4), INDEX)
-    rounded = made(MANY)(*(e.bfloat16().double() for e in embeddings(4)), INDEX)
-    torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0)
+    single = made(MANY, bank_dtype=torch.float32).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = single(*(e.bfloat16() for e in embeddings(4)), INDEX)
+    assert rounded.dtype == single.constants.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), exact, rtol=0.01, atol=0)
+
+
+def test_embeddings_of_different_widths_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"same width, got \(2, 6\) and \(2, 5\); give both"):
+        CRDLoss().setup(vectors(2, 6), vectors(2, 5), torch.arange(2), Data(MANY))
+
+
+def test_a_row_that_its_embedding_takes_back_stays_finite() -> None:
+    loss = made(MANY, momentum=0.5)
+    rows = F.normalize(loss.student_bank[INDEX], dim=1)
+    loss.student_bank[INDEX] = rows
+    loss(-rows, rows, INDEX)
+    assert loss.student_bank.isfinite().all()
 
 
 def test_data_without_labels_is_refused_with_the_way_out() -> None:
@@ -336,13 +358,15 @@ def test_banks_are_told_and_refused_before_they_are_allocated(
     ("params", "message"),
     [
         ({"negatives": 0}, "negatives must be a whole number > 0, got 0"),
-        ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be from 0.0125, below which .*, got 0.0"),
         ({"momentum": 1.0}, "momentum must be from 0 to below 1, got 1.0"),
         ({"positive": "same"}, "positive must be one of 'exact', 'relaxed', got 'same'"),
         ({"exclude": "none"}, "exclude must be one of 'class', 'sample', got 'none'"),
         ({"queue": 0}, "queue must be a whole number > 0, got 0"),
-        ({"bank_dtype": torch.int8}, "bank_dtype must be a floating type"),
+        ({"bank_dtype": torch.int8}, "bank_dtype must be float32, bfloat16 or float16, got"),
         ({"eps": -1.0}, "eps must be >= 0"),
+        ({"queue": 9, "shared_negatives": True}, "queue must be None with shared_negatives"),
+        ({"queue": 9, "positive": "relaxed"}, "or positive, got 9"),
     ],
 )
 def test_wrong_parameters_are_refused(params: dict[str, Any], message: str) -> None:

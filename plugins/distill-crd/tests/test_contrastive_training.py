@@ -105,4 +105,5 @@ if __name__ == "__main__":
     given = {k: int(v) for k, v in (text.split("=") for text in sys.argv[2:])}
     trained = run(Path(sys.argv[1]), "two", "Compared", **given)
     assert Compared.steps_seen > 3 * 5  # and those before training
-    torch.save(trained, Path(sys.argv[1]) / "two.pt")
+    if torch.distributed.get_rank() == 0:
+        torch.save(trained, Path(sys.argv[1]) / "two.pt")

@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_crd.negatives import Classes, draw, draw_same, draw_shared, primes_above, scattered
+from distill_crd.negatives import (
+    NONE,
+    Classes,
+    candidates,
+    draw,
+    draw_same,
+    draw_shared,
+    mark,
+    prime_from,
+    scattered,
+)
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 2, 2, 5, -1, -1])
 """Class 5 has a single sample, and the last two have no class."""
-CHI_SQUARE = {11: 31.3, 54: 91.9}
+CHI_SQUARE = {11: 31.3}
 """Degrees of freedom -> what it exceeds once in a thousand times."""
 
 
@@ -17,11 +27,17 @@ def key(number: int) -> torch.Tensor:
     return torch.tensor(number)
 
 
+def kept_of(classes: Classes, samples: torch.Tensor, count: int, number: int) -> list[torch.Tensor]:
+    """Return the samples that are kept for each of some."""
+    enough = candidates(len(classes), int(classes.members.max()), count)
+    drawn, kept = draw(classes, samples, enough, count, key(number))
+    return [row[keeps] for row, keeps in zip(drawn, kept, strict=True)]
+
+
 def drawn(labels: torch.Tensor, sample: int, count: int, keys: int) -> torch.Tensor:
     """Return what is drawn for one sample with many keys, (keys, count)."""
-    classes = Classes.found(labels)
-    index = torch.tensor([sample])
-    return torch.cat([draw(classes, index, count, key(number)) for number in range(keys)])
+    classes, index = Classes.found(labels), torch.tensor([sample])
+    return torch.stack([kept_of(classes, index, count, number)[0] for number in range(keys)])
 
 
 def is_other(labels: torch.Tensor, sample: int) -> torch.Tensor:
@@ -31,61 +47,109 @@ def is_other(labels: torch.Tensor, sample: int) -> torch.Tensor:
     return other
 
 
+def chi_square(counts: torch.Tensor) -> float:
+    expected = counts.sum() / len(counts)
+    return ((counts - expected).square() / expected).sum().item()
+
+
 @pytest.mark.parametrize("sample", range(len(LABELS)))
-def test_negatives_are_all_those_of_other_classes_if_so_many_are_asked_for(sample: int) -> None:
-    other = is_other(LABELS, sample)
-    wanted = other.nonzero().flatten().tolist()
-    for row in drawn(LABELS, sample, int(other.sum()), 20):
-        assert row.sort().values.tolist() == wanted
+@pytest.mark.parametrize("more", [0, 100])
+def test_negatives_are_all_those_of_other_classes_if_so_many_are_asked_for(
+    sample: int, more: int
+) -> None:
+    wanted = is_other(LABELS, sample).nonzero().flatten().tolist()
+    for number in range(20):
+        classes, index = Classes.found(LABELS), torch.tensor([sample])
+        kept = kept_of(classes, index, len(wanted) + more, number)[0]
+        assert kept.sort().values.tolist() == wanted
 
 
-def test_no_sample_comes_twice_while_there_are_enough() -> None:
-    labels = torch.arange(5000) % 10
-    classes, index = Classes.found(labels), torch.arange(0, 5000, 79)
-    rows = draw(classes, index, 4000, key(7))
-    assert all(len(row.unique()) == 4000 for row in rows)
-    assert not (labels[rows] == labels[index, None]).any()
+def test_no_sample_comes_twice_and_none_of_the_own_class() -> None:
+    labels, index = torch.arange(5000) % 10, torch.arange(0, 5000, 79)
+    rows = kept_of(Classes.found(labels), index, 4000, 7)
+    assert all(len(row.unique()) == len(row) == 4000 for row in rows)
+    assert not any((labels[row] == labels[own]).any() for row, own in zip(rows, index, strict=True))
+
+
+def test_enough_candidates_are_drawn_to_keep_as_many_as_asked_for() -> None:
+    labels = torch.cat([torch.zeros(300), torch.arange(1, 701)]).long()
+    for number in range(100):
+        rows = kept_of(Classes.found(labels), torch.tensor([0, 299]), 200, number)
+        assert [len(row) for row in rows] == [200, 200]
 
 
 def test_each_other_sample_comes_equally_often() -> None:
     other = is_other(LABELS, 11)
     counts = drawn(LABELS, 11, 3, 4000).flatten().bincount(minlength=len(LABELS))[other]
-    expected = 4000 * 3 / len(counts)
-    assert ((counts - expected).square() / expected).sum() < CHI_SQUARE[11]
+    assert len(counts) == 12
+    assert chi_square(counts) < CHI_SQUARE[11]
 
 
 def test_each_pair_of_them_comes_about_equally_often() -> None:
-    """Of 11 others: a prime, where distances meet every pair alike."""
-    labels = torch.tensor([0, *[1] * 11])
-    rows = drawn(labels, 0, 3, 9000).sort(1).values
+    """Of 12 others, a number with many divisors; to reject the own one matters more for so few."""
+    labels = torch.tensor([0, *[1] * 12])
+    rows = drawn(labels, 0, 3, 6000).sort(1).values
     pairs = torch.cat([rows[:, [0, 1]], rows[:, [0, 2]], rows[:, [1, 2]]])
-    counts = (pairs[:, 0] * 12 + pairs[:, 1]).unique(return_counts=True)[1]
-    assert len(counts) == 55
-    assert counts.float().std() / counts.float().mean() < 0.15
+    counts = (pairs[:, 0] * 13 + pairs[:, 1]).unique(return_counts=True)[1]
+    assert len(counts) == 66
+    assert (counts / counts.float().mean()).min() > 0.7
+    assert (counts / counts.float().mean()).max() < 1.3
 
 
-def test_classes_of_negatives_come_as_often_as_they_have_samples() -> None:
-    labels = torch.cat([torch.full((n,), c) for c, n in enumerate((50, 500, 200, 1000))])
-    rows = draw(Classes.found(labels), torch.arange(50), 400, key(3))
-    shares = labels[rows].flatten().bincount(minlength=4) / rows.numel()
-    torch.testing.assert_close(shares[1:], torch.tensor([500, 200, 1000]) / 1700, rtol=0, atol=0.02)
-    assert shares[0] == 0
+def test_in_more_data_each_pair_comes_equally_often() -> None:
+    labels = torch.arange(120) % 2
+    rows = drawn(labels, 0, 40, 4000)
+    together = torch.zeros(120, 120)
+    for row in rows:
+        together[row[:, None], row] += 1
+    pairs = together[1::2, 1::2][~torch.eye(60, dtype=torch.bool)]
+    expected = 4000 * 40 * 39 / (60 * 59)
+    assert (pairs / expected - 1).abs().max() < 0.12
+
+
+def test_classes_of_negatives_scatter_as_in_a_draw_without_replacement() -> None:
+    """Hypergeometric: mean and variance of how many of each class are drawn."""
+    labels = torch.arange(1000) % 10
+    classes, index = Classes.found(labels), torch.arange(0, 1000, 10)  # all of class 0
+    counts = torch.stack(
+        [
+            labels[row].bincount(minlength=10)[1:]
+            for number in range(20)
+            for row in kept_of(classes, index, 300, number)
+        ]
+    ).double()
+    share, whole = 100 / 900, 900
+    assert (counts.mean(0) - 300 * share).abs().max() < 0.6
+    variance = 300 * share * (1 - share) * (whole - 300) / (whole - 1)
+    assert 0.85 * variance < counts.var(0).mean() < 1.15 * variance
+    assert counts.min() > 5  # no class is ever left out
 
 
 def test_what_is_drawn_depends_on_key_and_sample_and_not_on_the_rest_of_the_batch() -> None:
     classes = Classes.found(torch.arange(600) % 3)
-    both = draw(classes, torch.tensor([4, 9]), 50, key(1))
-    assert torch.equal(draw(classes, torch.tensor([9]), 50, key(1))[0], both[1])
-    assert not torch.equal(both[0], both[1])
-    assert not torch.equal(draw(classes, torch.tensor([9]), 50, key(2))[0], both[1])
+    first, second = kept_of(classes, torch.tensor([4, 9]), 50, 1)
+    assert torch.equal(kept_of(classes, torch.tensor([9]), 50, 1)[0], second)
+    assert not torch.equal(first, second)
+    assert not torch.equal(kept_of(classes, torch.tensor([9]), 50, 2)[0], second)
+
+
+def test_marks_stand_where_what_is_drawn_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill_crd.negatives.DRAWN_AT_ONCE", 30)
+    classes, index = Classes.found(LABELS), torch.tensor([0, 10, 12, 4, 1])
+    marks = mark(classes, index, len(classes.shuffled), 4, key(3))
+    rows = [row.sort().values.tolist() for row in kept_of(classes, index, 4, 3)]
+    assert marks.shape == (len(LABELS), 5)
+    assert [column.nonzero().flatten().tolist() for column in marks.T] == rows
 
 
 def test_a_shared_draw_has_different_samples_of_any_class() -> None:
     classes = Classes.found(torch.arange(100) % 4)
-    shared = draw_shared(classes, 60, key(5))
+    shared, of = draw_shared(classes, 60, key(5))
     assert len(shared.unique()) == 60
-    assert draw_shared(classes, 200, key(5)).sort().values.tolist() == list(range(100))
-    counts = torch.cat([draw_shared(classes, 10, key(k)) for k in range(3000)]).bincount()
+    assert ((of == NONE) == (shared >= 100)).all()
+    everyone, _ = draw_shared(classes, 101, key(5))
+    assert everyone.sort().values.tolist() == list(range(101))
+    counts = torch.cat([draw_shared(classes, 10, key(k))[0] for k in range(3000)]).bincount()
     assert counts.min() > 200
     assert counts.max() < 400
 
@@ -93,9 +157,9 @@ def test_a_shared_draw_has_different_samples_of_any_class() -> None:
 def test_one_of_the_same_class_may_be_any_of_it() -> None:
     classes = Classes.found(LABELS)
     index = torch.tensor([0, 10])
-    found = torch.stack([draw_same(classes, index, key(k)) for k in range(200)])
-    assert set(found[:, 0].tolist()) == {0, 3, 6, 7}
-    assert set(found[:, 1].tolist()) == {10}
+    same = torch.stack([draw_same(classes, index, key(k)) for k in range(200)])
+    assert set(same[:, 0].tolist()) == {0, 3, 6, 7}
+    assert set(same[:, 1].tolist()) == {10}
 
 
 def test_scattered_numbers_are_those_of_splitmix64() -> None:
@@ -108,7 +172,5 @@ def test_scattered_numbers_are_those_of_splitmix64() -> None:
         assert int(scattered(torch.tensor(number))) % 2**64 == z
 
 
-def test_strides_are_primes_above_the_size() -> None:
-    found = primes_above(50_000)
-    assert found.min() == 50_021
-    assert all((found % divisor).all() for divisor in range(2, 450))
+def test_the_next_prime_is_found() -> None:
+    assert [prime_from(n) for n in (1, 2, 3, 4, 9, 50_000)] == [2, 2, 3, 5, 11, 50_021]

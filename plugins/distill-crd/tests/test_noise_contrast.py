@@ -29,7 +29,10 @@ def some_negatives(samples: int = 5, rows: int = 40, count: int = 11) -> torch.T
 def both_ways(bank: torch.Tensor, index: torch.Tensor) -> list[Negatives]:
     marked = torch.zeros(len(bank), len(index), dtype=torch.bool).scatter_(0, index.T, True)
     count = torch.full((len(index),), index.shape[1])
-    return [Negatives(bank, count, index=index), Negatives(bank, count, marked=marked)]
+    return [
+        Negatives(bank, count, index=index, kept=torch.ones_like(index).bool()),
+        Negatives(bank, count, marked=marked),
+    ]
 
 
 def by_loops(

@@ -190,6 +190,7 @@ class Wiring:
             return f"{kind} needs a teacher, and stage '{self.stage.name}' has none"
         side = TEACHER if TEACHER in name else STUDENT
         example = f"{side}.layer2" if "feature" in name else side
+        example = name if name in BATCH_VALUES else example
         return f"{kind} needs the input '{name}'; wire it, e.g. inputs: {{{name}: {example}}}"
 
     def _source(self, wires: Wires, path: Path) -> Source | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,13 +13,22 @@ from torch import Tensor
 
 from distill import DataError, claim, gather, labels
 from distill_crd.memory_bank import last_of_each, momentum_rows, push, random_rows
-from distill_crd.negatives import Classes, draw, draw_same, draw_shared, mark
+from distill_crd.negatives import (
+    NONE,
+    Classes,
+    candidates,
+    draw,
+    draw_same,
+    draw_shared,
+    mark,
+)
 from distill_crd.noise_contrast import Negatives, exponential_sums, log_noise_sums
-from distill_crd.parameters import Parametrized, check, check_choice, check_positive
+from distill_crd.parameters import Parametrized, check, check_choice
 
 Positive = Literal["exact", "relaxed"]
 Exclude = Literal["class", "sample"]
 
+SMALLEST_TEMPERATURE = 0.0125
 MOST_ROWS_FOR_ONE = 8
 """Banks of up to so many rows a negative are multiplied in whole; with more it would cost more than
 to fetch each negative by itself."""
@@ -37,13 +47,15 @@ class CRDLoss(Parametrized):
 
     averaged over the batch; the same for the teacher's embedding and the student's bank; the loss
     is the sum of both. Z is a constant for each bank: the mean of the exponentials times N, of the
-    first step. After the scores the rows of the batch become
+    first batch. After the scores the rows of the batch become
     :math:`momentum \cdot v + (1 - momentum) \cdot e`, of length 1.
 
-    Negatives are drawn anew for every sample and step, as a function of the experiment's seed, the
-    step and the sample, so on however many processes. They are of other classes, all different as
-    long as there are enough; of a class that leaves fewer than ``negatives``, each comes once and
-    counts as one.
+    Negatives are drawn anew for every sample and batch, as a function of the experiment's seed, the
+    number of batches so far and the sample, so on however many processes. They are of other
+    classes, all different; if a class leaves fewer than ``negatives``, they are all that there
+    are. Each sample, and each pair of samples, is as likely as in a draw without
+    replacement; how likely three are to come together depends on how they stand in a row of all
+    samples, which is shuffled once.
 
     Args:
         negatives: K, for each sample.
@@ -93,7 +105,7 @@ class CRDLoss(Parametrized):
     of: Tensor
     first: Tensor
     members: Tensor
-    strides: Tensor
+    shuffled: Tensor
 
     def __init__(
         self,
@@ -109,12 +121,24 @@ class CRDLoss(Parametrized):
     ) -> None:
         super().__init__()
         check(self, "negatives", negatives, negatives > 0, "a whole number > 0")
-        check_positive(self, "temperature", temperature)
+        fits = SMALLEST_TEMPERATURE <= temperature < math.inf
+        allowed = f"from {SMALLEST_TEMPERATURE}, below which exponentials leave float32"
+        check(self, "temperature", temperature, fits, allowed)
         check(self, "momentum", momentum, 0 <= momentum < 1, "from 0 to below 1")
         check_choice(self, "positive", positive, get_args(Positive))
         check_choice(self, "exclude", exclude, get_args(Exclude))
         check(self, "queue", queue, queue is None or queue > 0, "a whole number > 0")
-        check(self, "bank_dtype", bank_dtype, bank_dtype.is_floating_point, "a floating type")
+        alone = not shared_negatives and positive == "exact"
+        check(
+            self, "queue", queue, queue is None or alone, "None with shared_negatives or positive"
+        )
+        check(
+            self,
+            "bank_dtype",
+            bank_dtype,
+            bank_dtype.is_floating_point,
+            "float32, bfloat16 or float16",
+        )
         check(self, "eps", eps, eps >= 0, ">= 0")
         self.negatives = negatives
         self.temperature = temperature
@@ -136,18 +160,20 @@ class CRDLoss(Parametrized):
         Raises:
             ValueError: as the class says.
         """
-        device, width = student_embedding.device, student_embedding.shape[1]
+        student, _ = _checked(student_embedding, teacher_embedding)
+        device, width = student.device, student.shape[1]
         rows = len(dataset) if self.queue is None else self.queue
         self._know(self._classes_of(dataset), device)
         claim(
             2 * rows * width * self.bank_dtype.itemsize,
             device,
             f"two banks of {rows:,} x {width} {str(self.bank_dtype).removeprefix('torch.')}",
-            "bank_dtype: bfloat16 halves them, queue bounds their rows",
+            "bank_dtype: bfloat16 halves them, "
+            + ("a shorter queue has fewer rows" if self.queue else "queue bounds their rows"),
         )
         for name in ("student_bank", "teacher_bank"):
             self.register_buffer(name, random_rows(rows, width, self.bank_dtype, device))
-        unset = torch.full((2,), -1.0, dtype=student_embedding.dtype, device=device)
+        unset = torch.full((2,), -1.0, dtype=student.dtype, device=device)
         self.register_buffer("constants", unset)
         self.register_buffer("seed", torch.randint(2**62, (), device="cpu").to(device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
@@ -159,9 +185,14 @@ class CRDLoss(Parametrized):
         self, student_embedding: Tensor, teacher_embedding: Tensor, index: Tensor
     ) -> Tensor:
         """Return the loss, and bring the banks up to date if in train mode."""
+        embeddings = _checked(student_embedding, teacher_embedding)
+        # Autocast would multiply in half precision.
+        with torch.autocast(index.device.type, enabled=False):
+            return self._loss(embeddings, index)
+
+    def _loss(self, embeddings: tuple[Tensor, Tensor], index: Tensor) -> Tensor:
         key = self.seed + self.steps
         negatives_in = self._negatives(index, key)
-        embeddings = (student_embedding, teacher_embedding)
         positives = self._positives(index, key, embeddings)
         sides = [
             (embedding, positive, negatives_in(bank))
@@ -176,11 +207,11 @@ class CRDLoss(Parametrized):
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Leave banks, constants and steps as they are for as long as the context lasts."""
-        self._is_held = True
+        was_held, self._is_held = self._is_held, True
         try:
             yield
         finally:
-            self._is_held = False
+            self._is_held = was_held
 
     def _banks(self) -> tuple[Tensor, Tensor]:
         """Return the bank that each side is scored with: that of the other one."""
@@ -204,30 +235,33 @@ class CRDLoss(Parametrized):
     def _know(self, classes: Classes, device: torch.device) -> None:
         for name, value in vars(classes).items():
             self.register_buffer(name, value.to(device), persistent=False)
-        fewest = len(classes) - int(classes.members.max())
-        few_rows = len(classes) <= MOST_ROWS_FOR_ONE * self.negatives
-        # Marked, a negative that is drawn again is the same mark.
-        self._is_marked = few_rows or fewest < self.negatives
+        self._drawn = candidates(len(classes), int(classes.members.max()), self.negatives)
+        self._is_marked = len(classes) <= MOST_ROWS_FOR_ONE * self.negatives
 
     @property
     def classes(self) -> Classes:
         """The samples of the data by class."""
-        return Classes(self.order, self.of, self.first, self.members, self.strides)
+        return Classes(self.order, self.of, self.first, self.members, self.shuffled)
 
     def _negatives(self, index: Tensor, key: Tensor) -> Callable[[Tensor], Negatives]:
         """Return what gives a batch's negatives of a bank."""
         if self.queue is not None:
             return _marked(self.queued[:, None] != self.of[index])
         if self.shared_negatives:
-            shared = draw_shared(self.classes, self.negatives, key)
-            of_shared = _marked(self.of[shared, None] != self.of[index])
-            return lambda bank: of_shared(bank[shared])
-        count = self.classes.others(index).clamp(max=self.negatives)
+            return self._shared(index, key)
+        drawn = (self.classes, index, self._drawn, self.negatives, key)
         if self._is_marked:
-            marked = mark(self.classes, index, self.negatives, key)
-            return partial(Negatives, count=count, marked=marked)
-        drawn = draw(self.classes, index, self.negatives, key)
-        return partial(Negatives, count=count, index=drawn)
+            return _marked(mark(*drawn))
+        found, kept = draw(*drawn)
+        found.clamp_(max=len(self.order) - 1)  # what is no sample is not kept
+        return partial(Negatives, count=kept.sum(1), index=found, kept=kept)
+
+    def _shared(self, index: Tensor, key: Tensor) -> Callable[[Tensor], Negatives]:
+        drawn = min(self.negatives, len(self.order)) + len(self.of) - len(self.order)
+        found, of = draw_shared(self.classes, drawn, key)
+        found.clamp_(max=len(self.order) - 1)
+        with_marks = _marked((of[:, None] != self.of[index]).logical_and_((of != NONE)[:, None]))
+        return lambda bank: with_marks(bank[found])
 
     def _positives(
         self, index: Tensor, key: Tensor, embeddings: tuple[Tensor, Tensor]
@@ -249,14 +283,14 @@ class CRDLoss(Parametrized):
             sums = exponential_sums(embedding, negatives, self.temperature)
             sums += ((embedding * positive).sum(1) / self.temperature).exp().detach()
             means.append(gather(sums / (negatives.count + 1)).mean())
-        return torch.stack(means) * len(self.of)
+        return torch.stack(means) * len(self.order)
 
     def _side(
         self, embedding: Tensor, positive: Tensor, negatives: Negatives, constant: Tensor
     ) -> Tensor:
         """Return the loss of one side for each sample, (B)."""
         count = negatives.count
-        prior = count.clamp_min(1).to(embedding.dtype) / len(self.of)
+        prior = count.clamp_min(1).to(embedding.dtype) / len(self.order)
         noise = prior + self.eps
         own = ((embedding * positive).sum(1) / self.temperature).exp() / constant
         of_negatives = log_noise_sums(embedding, negatives, self.temperature, noise * constant)
@@ -273,7 +307,9 @@ class CRDLoss(Parametrized):
         student, teacher = gather(torch.cat(embeddings, 1)).chunk(2, 1)
         for bank, rows in ((self.student_bank, student), (self.teacher_bank, teacher)):
             if self.queue is None:
-                rows = momentum_rows(bank, index, rows[last_of_each(index)], self.momentum)
+                rows = momentum_rows(
+                    bank, index, rows[last_of_each(index, len(bank))], self.momentum
+                )
                 bank[index] = rows.to(bank.dtype)
             else:
                 push(bank, self.pushed, rows)
@@ -284,6 +320,22 @@ class CRDLoss(Parametrized):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._has_constants = bool((self.constants > 0).all())
+
+
+def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both embeddings in float32, or in float64 if one of them is.
+
+    Raises:
+        ValueError: if they are of different widths.
+    """
+    if student.shape != teacher.shape or student.dim() != 2:
+        raise ValueError(
+            "CRDLoss: embeddings must be (B, D) and of the same width, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; give both CRDEmbedding the same "
+            "out_features"
+        )
+    dtype = torch.promote_types(student.dtype, torch.promote_types(teacher.dtype, torch.float32))
+    return student.to(dtype), teacher.to(dtype)
 
 
 def _marked(marked: Tensor) -> Callable[[Tensor], Negatives]:

@@ -23,16 +23,17 @@ def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 def momentum_rows(bank: Tensor, index: Tensor, embeddings: Tensor, momentum: float) -> Tensor:
     """Return rows moved towards embeddings (n, D), of length 1."""
     moved = bank[index].to(embeddings.dtype) * momentum + embeddings * (1 - momentum)
-    return F.normalize(moved, dim=1, eps=0)
+    return F.normalize(moved, dim=1)
 
 
-def last_of_each(index: Tensor) -> Tensor:
-    """Return for each place of ``index`` (n) the last place of the same number, (n).
+def last_of_each(index: Tensor, size: int) -> Tensor:
+    """Return for each place of ``index`` (n), numbers below ``size``, the last place of the same.
 
     So that a sample that comes twice in a batch leaves the same in its row on every device.
     """
     places = torch.arange(len(index), device=index.device)
-    return ((index[:, None] == index) * places).amax(1)
+    last = index.new_zeros(size).scatter_reduce_(0, index, places, "amax")
+    return last[index]
 
 
 def push(queue: Tensor, pushed: Tensor, newest: Tensor) -> None:

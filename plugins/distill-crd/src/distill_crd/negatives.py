@@ -1,22 +1,22 @@
 """Samples of other classes, drawn for a whole batch at once, each as a function of its place.
 
-No list of other classes' samples is kept: those of a class stand side by side in one order of all
-samples, so the others are the places before and behind them.
+No list of other classes' samples is kept: candidates are drawn from all, and those of the sample's
+own class rejected.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, isqrt, sqrt
 
-import numpy as np
 import torch
 from torch import Tensor
 
-FEWEST_PRIMES = 2**16
-"""Numbers up to at least here are looked through for primes."""
 LARGEST = 2**63 - 1
 DRAWN_AT_ONCE = 2**17
 """Numbers that are drawn together to be marked on a processor."""
+NONE = -1
+"""The class of what is no sample."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,18 @@ class Classes:
     """The samples of a data set by class.
 
     Attributes:
-        order: the samples, those of a class side by side, twice over, int64 (2 N): so the others of
-            a class follow it in one piece.
-        of: the class of each sample, int64 (N).
+        order: the samples, those of a class side by side, int64 (N).
+        of: the class of each sample, int64 (P), P the first prime from N on; ``NONE`` behind N.
         first: where a class begins in ``order``, int64 (C).
         members: how many samples it has, int64 (C).
-        strides: primes above N, int64.
+        shuffled: the numbers below P, those below N in front and in a random order, int64.
     """
 
     order: Tensor
     of: Tensor
     first: Tensor
     members: Tensor
-    strides: Tensor
+    shuffled: Tensor
 
     @classmethod
     def found(cls, labels: Tensor) -> Classes:
@@ -44,68 +43,90 @@ class Classes:
 
         One with a negative label is a class of its own.
         """
+        size = len(labels)
         alone = labels < 0
-        labels = torch.where(alone, labels.amax() + 1 + torch.arange(len(labels)), labels)
+        labels = torch.where(alone, labels.amax() + 1 + torch.arange(size), labels)
         _, of, members = labels.unique(return_inverse=True, return_counts=True)
-        first = members.cumsum(0) - members
-        order = of.argsort(stable=True).repeat(2)
-        return cls(order, of, first, members, primes_above(len(labels)))
+        behind = torch.arange(size, prime_from(size))
+        return cls(
+            order=of.argsort(stable=True),
+            of=torch.cat([of, torch.full_like(behind, NONE)]),
+            first=members.cumsum(0) - members,
+            members=members,
+            shuffled=torch.cat([torch.randperm(size, generator=_always_the_same()), behind]),
+        )
 
     def __len__(self) -> int:
-        return len(self.of)
-
-    def others(self, samples: Tensor) -> Tensor:
-        """Return how many samples are of another class than each of some, int64 (B)."""
-        return len(self) - self.members[self.of[samples]]
+        return len(self.order)
 
 
-def draw(classes: Classes, samples: Tensor, count: int, key: Tensor) -> Tensor:
-    """Return samples of other classes for each of some, int64 (B, count).
+def candidates(size: int, largest_class: int, count: int) -> int:
+    """Return how many of all samples are drawn to find ``count`` of other classes among them.
 
-    None comes twice, unless there are fewer than ``count``: then all of them come, again and again.
-    Each of them comes with the same probability, and so does each pair of them, nearly: they stand
-    in equal distances, taken around, in the order of the other classes' samples, beginning
-    anywhere; the distance is drawn too, from those that meet every sample.
+    Enough but once in 10^9 times, by the spread of how many of one class are among them.
+    """
+    prime = prime_from(size)
+    share = largest_class / size
+    wanted = count / (1 - share) if share < 1 else prime
+    spread = sqrt(wanted * share * (1 - share)) / max(1 - share, 1 / size)
+    return min(prime, ceil(wanted + 6 * spread) + prime - size)
+
+
+def draw(
+    classes: Classes, samples: Tensor, drawn: int, count: int, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return candidates for each sample, int64 (B, drawn), and which of them it keeps, bool.
+
+    It keeps the first ``count`` that are of another class; a candidate that is no sample is none.
+    No candidate comes twice. Each sample is one with the same probability, and each pair of samples
+    with that of a draw without replacement: they stand at equal distances, around, in a shuffled
+    row as long as a prime, where start and distance are drawn. (To reject some of them makes pairs
+    of those that are left differ by about 1 / N.)
 
     Args:
         classes: of the data set.
-        samples: int64 (B), none of them the only class there is.
-        count: how many for each.
+        samples: int64 (B).
+        drawn: how many candidates, at most ``len(classes.shuffled)``.
+        count: how many to keep.
         key: int64 scalar; another one draws others.
     """
-    own = classes.of[samples]
-    behind, others = classes.first[own] + classes.members[own], classes.others(samples)
-    bits = scattered(samples + scattered(key))
-    stride = classes.strides[(bits & LARGEST) % len(classes.strides)] % others
-    start = (scattered(bits) & LARGEST) % others
-    places = torch.arange(count, device=samples.device) * stride[:, None]
-    places.add_(start[:, None]).remainder_(others[:, None])
-    places.add_(behind[:, None])
+    found = _candidates(classes, scattered(samples + scattered(key)), drawn)
+    of = classes.of.index_select(0, found.flatten()).view_as(found)
+    is_other = (of != classes.of[samples, None]).logical_and_(of != NONE)
+    return found, is_other & (is_other.cumsum(1, dtype=torch.int32) <= count)
+
+
+def _candidates(classes: Classes, bits: Tensor, drawn: int) -> Tensor:
+    """Return different numbers for each of some random ones, int64 (B, drawn)."""
+    prime = len(classes.shuffled)
+    distance = (bits & LARGEST) % (prime - 1) + 1
+    start = (scattered(bits) & LARGEST) % prime
+    places = torch.arange(drawn, device=bits.device) * distance[:, None]
+    places.add_(start[:, None]).remainder_(prime)
     # Four times as fast on a processor as places for an index.
-    return classes.order.index_select(0, places.flatten()).view_as(places)
+    return classes.shuffled.index_select(0, places.flatten()).view_as(places)
 
 
-def mark(classes: Classes, samples: Tensor, count: int, key: Tensor) -> Tensor:
-    """Return which samples ``draw`` gives for each of some, bool (N, B)."""
-    size, batch = len(classes), len(samples)
-    marks = torch.zeros(size, batch, dtype=torch.bool, device=samples.device)
+def mark(classes: Classes, samples: Tensor, drawn: int, count: int, key: Tensor) -> Tensor:
+    """Return which samples are kept of those that ``draw`` gives for each of some, bool (N, B)."""
+    batch = len(samples)
+    marks = torch.zeros(len(classes.shuffled), batch, dtype=torch.bool, device=samples.device)
     columns = torch.arange(batch, device=samples.device)[:, None]
-    yes = torch.ones((), dtype=torch.bool, device=samples.device)
     # On a processor what is drawn for a few samples fits into its cache.
-    few = max(1, DRAWN_AT_ONCE // count) if samples.device.type == "cpu" else batch
+    few = max(1, DRAWN_AT_ONCE // drawn) if samples.device.type == "cpu" else batch
     for some, column in zip(samples.split(few), columns.split(few), strict=True):
-        places = draw(classes, some, count, key).mul_(batch).add_(column)
-        marks.view(-1).put_(places, yes.expand_as(places))
-    return marks
+        found, kept = draw(classes, some, drawn, count, key)
+        marks.view(-1).put_(found.mul_(batch).add_(column), kept)
+    return marks[: len(classes)]
 
 
-def draw_shared(classes: Classes, count: int, key: Tensor) -> Tensor:
-    """Return different samples of any class, int64 (count), or all if there are fewer."""
-    size = len(classes)
-    bits = scattered(key)
-    stride = classes.strides[(bits & LARGEST) % len(classes.strides)]
-    places = torch.arange(min(count, size), device=key.device) * stride
-    return (places + ((scattered(bits) & LARGEST) % size)) % size
+def draw_shared(classes: Classes, drawn: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return one set of different samples, int64 (drawn), and their classes.
+
+    Numbers behind the last sample are among them, whose class is ``NONE``.
+    """
+    found = _candidates(classes, scattered(key)[None], drawn)[0]
+    return found, classes.of.index_select(0, found)
 
 
 def draw_same(classes: Classes, samples: Tensor, key: Tensor) -> Tensor:
@@ -126,16 +147,16 @@ def scattered(numbers: Tensor) -> Tensor:
     return numbers ^ _shifted(numbers, 31)
 
 
-def primes_above(size: int) -> Tensor:
-    """Return primes above ``size``, up to some multiple of it, ascending, int64."""
-    end = max(4 * size, FEWEST_PRIMES)
-    is_prime = np.ones(end, dtype=bool)
-    is_prime[:2] = False
-    for number in range(2, int(end**0.5) + 1):
-        if is_prime[number]:
-            is_prime[number * number :: number] = False
-    is_prime[: size + 1] = False
-    return torch.from_numpy(np.flatnonzero(is_prime)).long()
+def prime_from(size: int) -> int:
+    """Return the first prime that is not below ``size``."""
+    number = max(size, 2)
+    while any(number % divisor == 0 for divisor in range(2, isqrt(number) + 1)):
+        number += 1
+    return number
+
+
+def _always_the_same() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _shifted(numbers: Tensor, places: int) -> Tensor:

@@ -32,12 +32,14 @@ class Negatives:
         rows: the bank, (N, D), without gradient.
         count: how many there are for each sample, int64 (B).
         index: int64 (B, K), or ``None``.
+        kept: which of them are negatives, bool (B, K); with ``index``.
         marked: bool (N, B), or ``None``.
     """
 
     rows: Tensor
     count: Tensor
     index: Tensor | None = None
+    kept: Tensor | None = None
     marked: Tensor | None = None
 
     def ratios(self, embedding: Tensor, log_noise: Tensor) -> Iterator[Piece]:
@@ -50,7 +52,8 @@ class Negatives:
             yield from self._of_marked(embedding, log_noise, self.marked)
         else:
             assert self.index is not None
-            yield from self._of_listed(embedding, log_noise, self.index)
+            assert self.kept is not None
+            yield from self._of_listed(embedding, log_noise, self.index, self.kept)
 
     def _of_marked(self, embedding: Tensor, log_noise: Tensor, marked: Tensor) -> Iterator[Piece]:
         size = self._piece(PIECE, len(embedding) * embedding.element_size())
@@ -65,11 +68,14 @@ class Negatives:
             torch.sub(products, log_noise, out=wide)
             yield slice(None), wide.exp_().mul_(factors[start : start + size]), rows
 
-    def _of_listed(self, embedding: Tensor, log_noise: Tensor, index: Tensor) -> Iterator[Piece]:
+    def _of_listed(
+        self, embedding: Tensor, log_noise: Tensor, index: Tensor, kept: Tensor
+    ) -> Iterator[Piece]:
         fetched = self._piece(FETCHED, self.rows.shape[1] * self.rows.element_size())
         negatives = min(index.shape[1], fetched)
         samples = max(1, fetched // negatives)
         narrow = embedding.to(self.rows.dtype)
+        factors = kept.view(torch.uint8)
         space = _Space()
         for first in range(0, len(index), samples):
             some = slice(first, first + samples)
@@ -83,7 +89,7 @@ class Negatives:
                     rows = rows.view(len(narrow[some]), -1, rows.shape[1])
                     products = torch.bmm(rows, narrow[some, :, None])[..., 0].T
                 wide = products.to(embedding.dtype).sub_(log_noise[some])
-                yield some, wide.exp_(), rows
+                yield some, wide.exp_().mul_(factors[some, start : start + negatives].T), rows
 
     def _piece(self, sizes: Mapping[str, int], each: int) -> int:
         return max(1, sizes.get(self.rows.device.type, sizes["cpu"]) // each)
