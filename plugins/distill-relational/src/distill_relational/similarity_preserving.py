@@ -34,7 +34,8 @@ class SPKDLoss(BatchRelationLoss):
         - student_features: (B, ...), meant is the last map, after the activation.
         - teacher_features: (B, ...), of any shape behind B.
         - returns: scalar, float32 or wider. Only the student gets a gradient. Samples of zeros have
-          similarities of 0.
+          similarities of 0; a sample counts as zeros where its products with all samples have a
+          norm of 1e-12 or less, as for features of about 1e-7.
 
     Raises:
         ValueError: a parameter out of range; features that are not of the same batch.

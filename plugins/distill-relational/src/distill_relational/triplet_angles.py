@@ -16,21 +16,27 @@ SMALLEST = 1e-12
 """Distance up to which two vectors count as one, between which there is no direction."""
 
 
-def angle_difference(student: Tensor, teacher: Tensor) -> Tensor:
+def angle_difference(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of smooth L1 distances of the cosines of all angles.
 
     With squared distances S, the law of cosines gives the angle at j between i and k:
     (S_ji + S_jk - S_ik) / (2 sqrt(S_ji S_jk)), or 0 where i or k is at j. The vectors themselves
-    are not needed, and so neither is their width.
+    are not needed, and so neither is their width. Where i is close to j, the numerator is a small
+    difference of large squares, so it is added up in the type of the squares and then rounded.
 
     The gradient is computed together with the value, for max(2**22, B * B) angles at a time (2**18
-    on a CPU), in four arrays of so many numbers. Second derivatives are not meant to be taken.
+    on a CPU), in four arrays of so many numbers and one of the type of the squares. Second
+    derivatives are not meant to be taken.
 
     Args:
-        student: squared distances (B, B); it gets the gradient.
-        teacher: squared distances (B, B).
+        student: squared distances (B, B), float64 for angles in float32; it gets the gradient.
+        teacher: squared distances (B, B), likewise.
+        dtype: type in which angles are compared.
+
+    Returns:
+        The sum as a scalar, of the type of the squares.
     """
-    total: Tensor = _AngleDifference.apply(student, teacher)
+    total: Tensor = _AngleDifference.apply(student, teacher, dtype)
     return total
 
 
@@ -38,18 +44,21 @@ class _AngleDifference(torch.autograd.Function):
     """Value and gradient in one go; what the backward keeps is (B, B)."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
         batch = len(student)
-        ours, theirs = _inverse_roots(student), _inverse_roots(teacher)
+        ours, theirs = (_inverse_roots(squares).to(dtype) for squares in (student, teacher))
         total = student.new_zeros(())
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         vertices = max(1, _chunk(student) // max(1, batch * batch))
-        arrays = student.new_empty(4, min(vertices, batch), batch, batch)
+        shape = min(vertices, batch), batch, batch
+        arrays = student.new_empty(4, *shape, dtype=dtype)
+        numerators = student.new_empty(shape)
         for start in range(0, batch, vertices):
             rows = slice(start, min(start + vertices, batch))
             halves, cosines, difference, slopes = arrays[:, : rows.stop - start]
-            _cosines(teacher, theirs, rows, halves, out=difference)
-            _cosines(student, ours, rows, halves, out=cosines)
+            wide = numerators[: rows.stop - start]
+            _cosines(teacher, theirs, rows, halves, wide, out=difference)
+            _cosines(student, ours, rows, halves, wide, out=cosines)
             torch.sub(cosines, difference, out=difference)
             torch.clamp(difference, -1, 1, out=slopes)
             # Half of the square up to 1, and the distance less a half beyond.
@@ -66,9 +75,9 @@ class _AngleDifference(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return outer * gradient, None
+        return outer * gradient, None, None
 
 
 def _chunk(tensor: Tensor) -> int:
@@ -79,9 +88,11 @@ def _inverse_roots(squares: Tensor) -> Tensor:
     return squares.masked_fill(squares <= SMALLEST**2, torch.inf).rsqrt()
 
 
-def _cosines(squares: Tensor, inverse: Tensor, rows: slice, halves: Tensor, out: Tensor) -> None:
+def _cosines(
+    squares: Tensor, inverse: Tensor, rows: slice, halves: Tensor, wide: Tensor, out: Tensor
+) -> None:
     """Write the angles at some vertices, and half of the products of their inverse roots."""
     at_vertex, roots = squares[rows], inverse[rows]
     torch.mul((roots / 2).unsqueeze(2), roots.unsqueeze(1), out=halves)
-    torch.add(at_vertex.unsqueeze(2), at_vertex.unsqueeze(1), out=out)
-    out.sub_(squares).mul_(halves)
+    torch.sub(at_vertex.unsqueeze(1), squares, out=wide)
+    out.copy_(wide.add_(at_vertex.unsqueeze(2))).mul_(halves)
