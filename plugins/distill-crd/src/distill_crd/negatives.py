@@ -25,7 +25,7 @@ class Classes:
 
     Attributes:
         order: the samples, those of a class side by side, int64 (N).
-        of: the class of each sample, int64 (P), P the first prime from N on; ``NONE`` behind N.
+        of: the class of each sample, int32 (P), P the first prime from N on; ``NONE`` behind N.
         first: where a class begins in ``order``, int64 (C).
         members: how many samples it has, int64 (C).
         shuffled: the numbers below P, those below N in front and in a random order, int64.
@@ -50,7 +50,7 @@ class Classes:
         behind = torch.arange(size, prime_from(size))
         return cls(
             order=of.argsort(stable=True),
-            of=torch.cat([of, torch.full_like(behind, NONE)]),
+            of=torch.cat([of, torch.full_like(behind, NONE)]).int(),
             first=members.cumsum(0) - members,
             members=members,
             shuffled=torch.cat([torch.randperm(size, generator=_always_the_same()), behind]),
@@ -92,8 +92,11 @@ def draw(
     """
     found = _candidates(classes, scattered(samples + scattered(key)), drawn)
     of = classes.of.index_select(0, found.flatten()).view_as(found)
-    is_other = (of != classes.of[samples, None]).logical_and_(of != NONE)
-    return found, is_other & (is_other.cumsum(1, dtype=torch.int32) <= count)
+    kept = (of != classes.of[samples, None]).logical_and_(of != NONE)
+    # Only behind the first of them can there be more than are to be kept.
+    rest = kept[:, count:]
+    rest &= rest.cumsum(1, dtype=torch.int32) <= count - kept[:, :count].sum(1, keepdim=True)
+    return found, kept
 
 
 def _candidates(classes: Classes, bits: Tensor, drawn: int) -> Tensor:
@@ -131,7 +134,7 @@ def draw_shared(classes: Classes, drawn: int, key: Tensor) -> tuple[Tensor, Tens
 
 def draw_same(classes: Classes, samples: Tensor, key: Tensor) -> Tensor:
     """Return for each sample one of its class, perhaps itself, int64 (B)."""
-    own = classes.of[samples]
+    own = classes.of[samples].long()
     bits = scattered(samples + scattered(~key))  # not what the negatives are drawn from
     return classes.order[classes.first[own] + (bits & LARGEST) % classes.members[own]]
 
