@@ -132,7 +132,10 @@ def toy_experiment(folder: Path, *stages: Mapping[str, Any], **keys: Any) -> Exp
     }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "toy.yaml"
-    file.write_text(yaml.safe_dump(experiment, sort_keys=False), "utf-8")
+    # In one piece, since several processes may write it at once.
+    written = file.with_suffix(f".{os.getpid()}")
+    written.write_text(yaml.safe_dump(experiment, sort_keys=False), "utf-8")
+    written.replace(file)
     return load(file)
 
 
