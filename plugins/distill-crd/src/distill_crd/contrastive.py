@@ -91,7 +91,7 @@ class CRDLoss(Parametrized):
 
     Source: Tian, Krishnan, Isola, *Contrastive Representation Distillation*, ICLR 2020,
     https://arxiv.org/abs/1910.10699. The authors' code draws negatives in the data loader, repeats
-    them if there are too few, and adds Z and the banks up on each process by itself.
+    them if there are too few, and keeps Z and banks of its own on each process.
     """
 
     student_bank: Tensor
@@ -275,7 +275,7 @@ class CRDLoss(Parametrized):
         return of_student, of_teacher
 
     def _constants(self, sides: list[tuple[Tensor, Tensor, Negatives]]) -> Tensor:
-        """Return Z of the student's side and of the teacher's, from this step if not set yet."""
+        """Return Z of the student's side and of the teacher's, from this batch if not set yet."""
         if self._has_constants:
             return self.constants
         means = []
@@ -298,7 +298,7 @@ class CRDLoss(Parametrized):
 
     @torch.no_grad()
     def _follow(self, constants: Tensor, embeddings: tuple[Tensor, Tensor], index: Tensor) -> None:
-        """Let banks follow the embeddings of all processes, alike on each; count the step."""
+        """Let banks follow the embeddings of all processes, alike on each; count the batch."""
         self.steps += 1
         if not self._has_constants:
             self.constants.copy_(constants)

@@ -96,7 +96,7 @@ class Negatives:
 
 
 class _Space:
-    """Memory for tensors of a type and a number of columns, asked for once."""
+    """Memory for tensors of a type, asked for again only where they are wider or longer."""
 
     def __init__(self) -> None:
         self._tensors: dict[torch.dtype, Tensor] = {}
@@ -104,7 +104,7 @@ class _Space:
     def like(self, tensor: Tensor, rows: int, columns: int) -> Tensor:
         """Return a tensor (rows, columns) of another's type, that may be of this memory."""
         known = self._tensors.get(tensor.dtype)
-        if known is None or len(known) < rows:
+        if known is None or len(known) < rows or known.shape[1] != columns:
             known = self._tensors[tensor.dtype] = tensor.new_empty(rows, columns)
         return known[:rows]
 
