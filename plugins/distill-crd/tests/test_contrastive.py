@@ -263,15 +263,15 @@ def test_a_queue_keeps_the_last_embeddings_and_contrasts_with_those_of_other_cla
     student, teacher = embeddings(4)
     first = loss(student, teacher, INDEX)
     torch.testing.assert_close(loss.student_bank[:4], student.detach())
-    assert loss.queued.tolist() == [*loss.of[INDEX].tolist(), -1, -1]
+    assert loss.queued.tolist() == [*loss.classes.of[INDEX].tolist(), -1, -1]
     loss(*embeddings(4), INDEX + 1)
     assert loss.queued.tolist() == [
-        *loss.of[INDEX + 1][2:].tolist(),
-        *loss.of[INDEX][2:].tolist(),
-        *loss.of[INDEX + 1][:2].tolist(),
+        *loss.classes.of[INDEX + 1][2:].tolist(),
+        *loss.classes.of[INDEX][2:].tolist(),
+        *loss.classes.of[INDEX + 1][:2].tolist(),
     ]
     assert first.isfinite()
-    own, queue, labels = loss.of[INDEX], loss.teacher_bank.clone(), loss.queued.clone()
+    own, queue, labels = loss.classes.of[INDEX], loss.teacher_bank.clone(), loss.queued.clone()
     theirs = embeddings(4)
     rows = [queue[labels != label] for label in own]
     others = [loss.student_bank.clone()[labels != label] for label in own]

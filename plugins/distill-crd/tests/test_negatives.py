@@ -5,17 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_crd.negatives import (
-    NONE,
-    Classes,
-    candidates,
-    draw,
-    draw_same,
-    draw_shared,
-    mark,
-    prime_from,
-    scattered,
-)
+from distill_crd.negatives import MARKED_AT_ONCE, NONE, Classes, prime_from, scattered
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 2, 2, 5, -1, -1])
 """Class 5 has a single sample, and the last two have no class."""
@@ -27,17 +17,20 @@ def key(number: int) -> torch.Tensor:
     return torch.tensor(number)
 
 
-def kept_of(classes: Classes, samples: torch.Tensor, count: int, number: int) -> list[torch.Tensor]:
-    """Return the samples that are kept for each of some."""
-    enough = candidates(len(classes), int(classes.members.max()), count)
-    drawn, kept = draw(classes, samples, enough, count, key(number))
-    return [row[keeps] for row, keeps in zip(drawn, kept, strict=True)]
+def kept_of(
+    labels: torch.Tensor, samples: list[int], count: int, number: int
+) -> list[torch.Tensor]:
+    """Return the negatives of each of some samples."""
+    numbers, kept, counts = Classes(labels, count).listed(torch.tensor(samples), key(number))
+    assert counts.tolist() == kept.sum(1).tolist()
+    return [row[keeps] for row, keeps in zip(numbers, kept, strict=True)]
 
 
 def drawn(labels: torch.Tensor, sample: int, count: int, keys: int) -> torch.Tensor:
     """Return what is drawn for one sample with many keys, (keys, count)."""
-    classes, index = Classes.found(labels), torch.tensor([sample])
-    return torch.stack([kept_of(classes, index, count, number)[0] for number in range(keys)])
+    classes, index = Classes(labels, count), torch.tensor([sample])
+    rows = [classes.listed(index, key(number))[:2] for number in range(keys)]
+    return torch.stack([numbers[kept] for numbers, kept in rows])
 
 
 def is_other(labels: torch.Tensor, sample: int) -> torch.Tensor:
@@ -59,14 +52,13 @@ def test_negatives_are_all_those_of_other_classes_if_so_many_are_asked_for(
 ) -> None:
     wanted = is_other(LABELS, sample).nonzero().flatten().tolist()
     for number in range(20):
-        classes, index = Classes.found(LABELS), torch.tensor([sample])
-        kept = kept_of(classes, index, len(wanted) + more, number)[0]
+        kept = kept_of(LABELS, [sample], len(wanted) + more, number)[0]
         assert kept.sort().values.tolist() == wanted
 
 
 def test_no_sample_comes_twice_and_none_of_the_own_class() -> None:
-    labels, index = torch.arange(5000) % 10, torch.arange(0, 5000, 79)
-    rows = kept_of(Classes.found(labels), index, 4000, 7)
+    labels, index = torch.arange(5000) % 10, list(range(0, 5000, 79))
+    rows = kept_of(labels, index, 4000, 7)
     assert all(len(row.unique()) == len(row) == 4000 for row in rows)
     assert not any((labels[row] == labels[own]).any() for row, own in zip(rows, index, strict=True))
 
@@ -74,7 +66,7 @@ def test_no_sample_comes_twice_and_none_of_the_own_class() -> None:
 def test_enough_candidates_are_drawn_to_keep_as_many_as_asked_for() -> None:
     labels = torch.cat([torch.zeros(300), torch.arange(1, 701)]).long()
     for number in range(100):
-        rows = kept_of(Classes.found(labels), torch.tensor([0, 299]), 200, number)
+        rows = kept_of(labels, [0, 299], 200, number)
         assert [len(row) for row in rows] == [200, 200]
 
 
@@ -110,12 +102,12 @@ def test_in_more_data_each_pair_comes_equally_often() -> None:
 def test_classes_of_negatives_scatter_as_in_a_draw_without_replacement() -> None:
     """Hypergeometric: mean and variance of how many of each class are drawn."""
     labels = torch.arange(1000) % 10
-    classes, index = Classes.found(labels), torch.arange(0, 1000, 10)  # all of class 0
+    index = list(range(0, 1000, 10))  # all of class 0
     counts = torch.stack(
         [
             labels[row].bincount(minlength=10)[1:]
             for number in range(20)
-            for row in kept_of(classes, index, 300, number)
+            for row in kept_of(labels, index, 300, number)
         ]
     ).double()
     share, whole = 100 / 900, 900
@@ -126,38 +118,58 @@ def test_classes_of_negatives_scatter_as_in_a_draw_without_replacement() -> None
 
 
 def test_what_is_drawn_depends_on_key_and_sample_and_not_on_the_rest_of_the_batch() -> None:
-    classes = Classes.found(torch.arange(600) % 3)
-    first, second = kept_of(classes, torch.tensor([4, 9]), 50, 1)
-    assert torch.equal(kept_of(classes, torch.tensor([9]), 50, 1)[0], second)
+    labels = torch.arange(600) % 3
+    first, second = kept_of(labels, [4, 9], 50, 1)
+    assert torch.equal(kept_of(labels, [9], 50, 1)[0], second)
     assert not torch.equal(first, second)
-    assert not torch.equal(kept_of(classes, torch.tensor([9]), 50, 2)[0], second)
+    assert not torch.equal(kept_of(labels, [9], 50, 2)[0], second)
 
 
-def test_marks_stand_where_what_is_drawn_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill_crd.negatives.DRAWN_AT_ONCE", 30)
-    classes, index = Classes.found(LABELS), torch.tensor([0, 10, 12, 4, 1])
-    marks = mark(classes, index, len(classes.shuffled), 4, key(3))
-    rows = [row.sort().values.tolist() for row in kept_of(classes, index, 4, 3)]
-    assert marks.shape == (len(LABELS), 5)
-    assert [column.nonzero().flatten().tolist() for column in marks.T] == rows
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [
+        (LABELS, 4),
+        (LABELS, 9),
+        (LABELS, 100),
+        (torch.arange(3000) % 7, 1000),
+        (torch.cat([torch.zeros(2400), torch.arange(1, 601)]).long(), 500),
+        (torch.full((500,), -1), 499),
+        (torch.full((500,), -1), 200),
+        (torch.arange(40_000) % 3, 7),
+    ],
+    ids=str,
+)
+def test_marks_stand_where_what_is_listed_is_kept(
+    labels: torch.Tensor, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MARKED_AT_ONCE, "cpu", 30)
+    monkeypatch.setattr("distill_crd.negatives.OWN_AT_ONCE", 2)
+    samples = [0, 10, 12, 4, 1]
+    for number in range(10):
+        marks, counts = Classes(labels, count).marked(torch.tensor(samples), key(number))
+        rows = [row.sort().values.tolist() for row in kept_of(labels, samples, count, number)]
+        assert marks.shape == (len(labels), 5)
+        assert [column.nonzero().flatten().tolist() for column in marks.T] == rows
+        assert counts.tolist() == [len(row) for row in rows]
 
 
 def test_a_shared_draw_has_different_samples_of_any_class() -> None:
-    classes = Classes.found(torch.arange(100) % 4)
-    shared, of = draw_shared(classes, 60, key(5))
-    assert len(shared.unique()) == 60
+    labels = torch.arange(100) % 4
+    shared, of = Classes(labels, 60).shared(key(5))
+    assert len(shared.unique()) == 61
     assert ((of == NONE) == (shared >= 100)).all()
-    everyone, _ = draw_shared(classes, 101, key(5))
+    everyone, _ = Classes(labels, 101).shared(key(5))
     assert everyone.sort().values.tolist() == list(range(101))
-    counts = torch.cat([draw_shared(classes, 10, key(k))[0] for k in range(3000)]).bincount()
+    classes = Classes(labels, 9)
+    counts = torch.cat([classes.shared(key(k))[0] for k in range(3000)]).bincount()
     assert counts.min() > 200
     assert counts.max() < 400
 
 
 def test_one_of_the_same_class_may_be_any_of_it() -> None:
-    classes = Classes.found(LABELS)
+    classes = Classes(LABELS, 1)
     index = torch.tensor([0, 10])
-    same = torch.stack([draw_same(classes, index, key(k)) for k in range(200)])
+    same = torch.stack([classes.same(index, key(k)) for k in range(200)])
     assert set(same[:, 0].tolist()) == {0, 3, 6, 7}
     assert set(same[:, 1].tolist()) == {10}
 

@@ -18,8 +18,8 @@ LOSSES = distill_crd.distill_losses()
 AUXILIARY_MODULES = distill_crd.distill_auxiliary_modules()
 MODULES = {**LOSSES, **AUXILIARY_MODULES}
 OFFERED = {**MODULES, **distill_crd.distill_dataset_wrappers()}
-NOT_OFFERED = {"Parametrized"}
-"""What others derive from."""
+NOT_OFFERED = {"Classes", "Parametrized"}
+"""What others are made of."""
 
 
 def defined_modules():

@@ -13,15 +13,7 @@ from torch import Tensor
 
 from distill import DataError, claim, gather, labels
 from distill_crd.memory_bank import last_of_each, momentum_rows, push, random_rows
-from distill_crd.negatives import (
-    NONE,
-    Classes,
-    candidates,
-    draw,
-    draw_same,
-    draw_shared,
-    mark,
-)
+from distill_crd.negatives import NONE, Classes
 from distill_crd.noise_contrast import Negatives, exponential_sums, log_noise_sums
 from distill_crd.parameters import Parametrized, check, check_choice
 
@@ -101,11 +93,7 @@ class CRDLoss(Parametrized):
     steps: Tensor
     queued: Tensor
     pushed: Tensor
-    order: Tensor
-    of: Tensor
-    first: Tensor
-    members: Tensor
-    shuffled: Tensor
+    classes: Classes
 
     def __init__(
         self,
@@ -163,7 +151,7 @@ class CRDLoss(Parametrized):
         student, _ = _checked(student_embedding, teacher_embedding)
         device, width = student.device, student.shape[1]
         rows = len(dataset) if self.queue is None else self.queue
-        self._know(self._classes_of(dataset), device)
+        self.classes = self._classes_of(dataset).to(device)
         claim(
             2 * rows * width * self.bank_dtype.itemsize,
             device,
@@ -219,12 +207,12 @@ class CRDLoss(Parametrized):
 
     def _classes_of(self, dataset: Any) -> Classes:
         if self.exclude == "sample":
-            return Classes.found(torch.full((len(dataset),), -1))
+            return Classes(torch.full((len(dataset),), -1), self.negatives)
         try:
             known = torch.tensor(labels(dataset))
         except DataError as error:
             raise ValueError(f"{error}; exclude: sample does without them") from error
-        found = Classes.found(known)
+        found = Classes(known, self.negatives)
         if len(found.members) == 1:
             raise ValueError(
                 f"all {len(known):,} samples of the data are of one class, which leaves no "
@@ -232,35 +220,24 @@ class CRDLoss(Parametrized):
             )
         return found
 
-    def _know(self, classes: Classes, device: torch.device) -> None:
-        for name, value in vars(classes).items():
-            self.register_buffer(name, value.to(device), persistent=False)
-        self._drawn = candidates(len(classes), int(classes.members.max()), self.negatives)
-        self._is_marked = len(classes) <= MOST_ROWS_FOR_ONE * self.negatives
-
-    @property
-    def classes(self) -> Classes:
-        """The samples of the data by class."""
-        return Classes(self.order, self.of, self.first, self.members, self.shuffled)
-
     def _negatives(self, index: Tensor, key: Tensor) -> Callable[[Tensor], Negatives]:
         """Return what gives a batch's negatives of a bank."""
         if self.queue is not None:
-            return _marked(self.queued[:, None] != self.of[index])
+            return _marked(self.queued[:, None] != self.classes.of[index])
         if self.shared_negatives:
             return self._shared(index, key)
-        drawn = (self.classes, index, self._drawn, self.negatives, key)
-        if self._is_marked:
-            return _marked(mark(*drawn))
-        found, kept = draw(*drawn)
-        found.clamp_(max=len(self.order) - 1)  # what is no sample is not kept
-        return partial(Negatives, count=kept.sum(1), index=found, kept=kept)
+        if len(self.classes) <= MOST_ROWS_FOR_ONE * self.negatives:
+            marked, count = self.classes.marked(index, key)
+            return partial(Negatives, count=count, marked=marked)
+        found, kept, count = self.classes.listed(index, key)
+        found.clamp_(max=len(self.classes) - 1)  # what is no sample is not kept
+        return partial(Negatives, count=count, index=found, kept=kept)
 
     def _shared(self, index: Tensor, key: Tensor) -> Callable[[Tensor], Negatives]:
-        drawn = min(self.negatives, len(self.order)) + len(self.of) - len(self.order)
-        found, of = draw_shared(self.classes, drawn, key)
-        found.clamp_(max=len(self.order) - 1)
-        with_marks = _marked((of[:, None] != self.of[index]).logical_and_((of != NONE)[:, None]))
+        found, of = self.classes.shared(key)
+        found.clamp_(max=len(self.classes) - 1)
+        is_other = of[:, None] != self.classes.of[index]
+        with_marks = _marked(is_other.logical_and_((of != NONE)[:, None]))
         return lambda bank: with_marks(bank[found])
 
     def _positives(
@@ -270,7 +247,7 @@ class CRDLoss(Parametrized):
         if self.queue is not None:
             return embeddings[1].detach(), embeddings[0].detach()
         if self.positive == "relaxed":
-            index = draw_same(self.classes, index, key)
+            index = self.classes.same(index, key)
         of_student, of_teacher = (bank[index].to(embeddings[0].dtype) for bank in self._banks())
         return of_student, of_teacher
 
@@ -283,14 +260,14 @@ class CRDLoss(Parametrized):
             sums = exponential_sums(embedding, negatives, self.temperature)
             sums += ((embedding * positive).sum(1) / self.temperature).exp().detach()
             means.append(gather(sums / (negatives.count + 1)).mean())
-        return torch.stack(means) * len(self.order)
+        return torch.stack(means) * len(self.classes)
 
     def _side(
         self, embedding: Tensor, positive: Tensor, negatives: Negatives, constant: Tensor
     ) -> Tensor:
         """Return the loss of one side for each sample, (B)."""
         count = negatives.count
-        prior = count.clamp_min(1).to(embedding.dtype) / len(self.order)
+        prior = count.clamp_min(1).to(embedding.dtype) / len(self.classes)
         noise = prior + self.eps
         own = ((embedding * positive).sum(1) / self.temperature).exp() / constant
         of_negatives = log_noise_sums(embedding, negatives, self.temperature, noise * constant)
@@ -314,7 +291,7 @@ class CRDLoss(Parametrized):
             else:
                 push(bank, self.pushed, rows)
         if self.queue is not None:
-            push(self.queued, self.pushed, self.of[index])
+            push(self.queued, self.pushed, self.classes.of[index])
             self.pushed += len(index)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,34 +1,49 @@
 """Samples of other classes, drawn for a whole batch at once, each as a function of its place.
 
-No list of other classes' samples is kept: candidates are drawn from all, and those of the sample's
-own class rejected.
+No list of other classes' samples is kept: each sample ranks all samples, and takes the first ones
+that are not of its own class.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from math import ceil, isqrt, sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGEST = 2**63 - 1
-DRAWN_AT_ONCE = 2**17
-"""Numbers that are drawn together to be marked on a processor."""
+OWN_AT_ONCE = 2**20
+"""How many members of the batch's own classes are ranked together."""
+MARKED_AT_ONCE = {"cpu": 2**17, "cuda": 2**24}
+"""How many samples are marked together, times those that they are marked for, by device type."""
 NONE = -1
 """The class of what is no sample."""
 
 
-@dataclass(frozen=True)
-class Classes:
-    """The samples of a data set by class.
+class Classes(nn.Module):
+    """The samples of a data set by class, and draws of those of other classes.
+
+    Each sample ranks all others at random: they stand around in a shuffled row as long as a prime
+    P, and are met from a start on at equal distances, where start and distance are drawn. Its
+    negatives are the first ``count`` of other classes. So none comes twice, each is a negative with
+    the same probability, and each pair with that of a draw without replacement. (To reject some of
+    them makes pairs of those that are left differ by about 1 / N.)
+
+    Args:
+        labels: of the samples, int64 (N); one with a negative label is a class of its own.
+        count: how many negatives a sample has, if there are so many.
 
     Attributes:
-        order: the samples, those of a class side by side, int64 (N).
-        of: the class of each sample, int32 (P), P the first prime from N on; ``NONE`` behind N.
+        order: the samples, those of a class side by side, int32 (N).
+        of: the class of each number, int32 (P), P the first prime from N on; ``NONE`` from N on.
         first: where a class begins in ``order``, int64 (C).
         members: how many samples it has, int64 (C).
-        shuffled: the numbers below P, those below N in front and in a random order, int64.
+        shuffled: the numbers below P as they stand in the row, those below N in front, int32.
+        place: where each number stands in it, int32 (P).
+        count: as given.
+        drawn: how many of the first ranks have ``count`` of other classes among them: all of them,
+            or enough but once in 10^9 times, by the spread of how many of one class are there.
     """
 
     order: Tensor
@@ -36,32 +51,157 @@ class Classes:
     first: Tensor
     members: Tensor
     shuffled: Tensor
+    place: Tensor
 
-    @classmethod
-    def found(cls, labels: Tensor) -> Classes:
-        """Return the classes of samples with these labels, int64 (N).
-
-        One with a negative label is a class of its own.
-        """
-        size = len(labels)
+    def __init__(self, labels: Tensor, count: int) -> None:
+        super().__init__()
+        size, prime = len(labels), prime_from(len(labels))
         alone = labels < 0
         labels = torch.where(alone, labels.amax() + 1 + torch.arange(size), labels)
         _, of, members = labels.unique(return_inverse=True, return_counts=True)
-        behind = torch.arange(size, prime_from(size))
-        return cls(
-            order=of.argsort(stable=True),
-            of=torch.cat([of, torch.full_like(behind, NONE)]).int(),
-            first=members.cumsum(0) - members,
-            members=members,
-            shuffled=torch.cat([torch.randperm(size, generator=_always_the_same()), behind]),
-        )
+        behind = torch.arange(size, prime)
+        row = torch.cat([torch.randperm(size, generator=_always_the_same()), behind])
+        found = {
+            "order": of.argsort(stable=True).int(),
+            "of": torch.cat([of, torch.full_like(behind, NONE)]).int(),
+            "first": members.cumsum(0) - members,
+            "members": members,
+            "shuffled": row.int(),
+            "place": torch.empty(prime, dtype=torch.int32),
+        }
+        found["place"][row] = torch.arange(prime, dtype=torch.int32)
+        for name, value in found.items():
+            self.register_buffer(name, value, persistent=False)
+        self.count = count
+        self._largest = int(members.max())
+        self.drawn = enough(size, self._largest, count)
 
     def __len__(self) -> int:
         return len(self.order)
 
+    def listed(self, samples: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return numbers for each sample, which of them are its negatives, and how many are.
 
-def candidates(size: int, largest_class: int, count: int) -> int:
-    """Return how many of all samples are drawn to find ``count`` of other classes among them.
+        Numbers are int32 (B, drawn), those from N on are never negatives; then bool (B, drawn) and
+        int64 (B).
+
+        Args:
+            samples: int64 (B).
+            key: int64 scalar; another one draws others.
+        """
+        start, distance = self._path(samples, key)
+        ranks = torch.arange(self.drawn, device=samples.device)
+        numbers = self._met(start, distance, ranks)
+        of = self.of.index_select(0, numbers.flatten()).view_as(numbers)
+        end, count = self._end(samples, start, distance)
+        kept = (of != self.of[samples, None]).logical_and_(of != NONE)
+        return numbers, kept.logical_and_(ranks < end[:, None]), count
+
+    def marked(self, samples: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which samples are negatives of each of some, bool (N, B), and how many, (B).
+
+        They are those of ``listed``, found by the rank of each: what the place times 1 / distance
+        is beyond whole turns around the row.
+        """
+        start, distance = self._path(samples, key)
+        end, count = self._end(samples, start, distance)
+        prime = len(self.place)
+        backwards = _inverse(distance, prime)
+        step = backwards.double() / prime
+        # Half a rank from where a turn ends, as float64 is not exact.
+        begin = ((-start * backwards).remainder(prime) + 0.5) / prime
+        part = end / prime
+        marks = torch.empty(len(self), len(samples), dtype=torch.bool, device=samples.device)
+        size = max(1, MARKED_AT_ONCE.get(samples.device.type, 2**17) // len(samples))
+        space = torch.empty(size, len(samples), dtype=torch.float64, device=samples.device)
+        for some, places in zip(
+            marks.split(size), self.place[: len(self)].split(size), strict=True
+        ):
+            turns = torch.mul(places[:, None], step, out=space[: len(some)])
+            torch.lt(turns.add_(begin).frac_(), part, out=some)
+        columns = torch.arange(len(samples), device=samples.device)[:, None]
+        for chosen, column in self._in_parts(samples, columns):
+            own, _ = self._own(chosen)
+            marks.view(-1).index_fill_(0, (own * len(samples) + column).flatten(), False)
+        return marks, count
+
+    def shared(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one set of different numbers with ``count`` samples, int32, and their classes.
+
+        Those from N on are no samples, and of the class ``NONE``; they do not count.
+        """
+        drawn = min(self.count, len(self)) + len(self.of) - len(self)
+        start, distance = self._path_of(scattered(key)[None])
+        found = self._met(start, distance, torch.arange(drawn, device=key.device))[0]
+        return found, self.of.index_select(0, found)
+
+    def same(self, samples: Tensor, key: Tensor) -> Tensor:
+        """Return for each sample one of its class, perhaps itself, int64 (B)."""
+        own = self.of[samples].long()
+        bits = scattered(samples + scattered(~key))  # not what the negatives are drawn from
+        return self.order[self.first[own] + (bits & LARGEST) % self.members[own]].long()
+
+    def _path(self, samples: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return self._path_of(scattered(samples + scattered(key)))
+
+    def _path_of(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return start and distance, int64 (B)."""
+        prime = len(self.shuffled)
+        return (scattered(bits) & LARGEST) % prime, (bits & LARGEST) % (prime - 1) + 1
+
+    def _met(self, start: Tensor, distance: Tensor, ranks: Tensor) -> Tensor:
+        """Return the numbers that are met at some ranks, int32 (B, ranks)."""
+        places = ranks * distance[:, None]
+        places.add_(start[:, None]).remainder_(len(self.shuffled))
+        # Four times as fast on a processor as places for an index.
+        return self.shuffled.index_select(0, places.flatten()).view_as(places)
+
+    def _end(self, samples: Tensor, start: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rank that each sample's negatives end before, and how many they are, (B)."""
+        if self.drawn <= self.count:  # all of other classes
+            none = len(self.of) - len(self)
+            own = self.members[self.of[samples].long()]
+            return torch.full_like(own, self.drawn), self.drawn - none - own
+        parts = self._in_parts(samples, start, _inverse(distance, len(self.place)))
+        ends, counts = zip(*(self._end_of_few(*part) for part in parts), strict=True)
+        return torch.cat(ends), torch.cat(counts)
+
+    def _end_of_few(
+        self, samples: Tensor, start: Tensor, backwards: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        numbers, is_one = self._own(samples)
+        behind = torch.arange(len(self), len(self.of), device=samples.device)
+        numbers = torch.cat([numbers, behind.expand(len(numbers), -1)], 1)
+        is_one = torch.cat([is_one, is_one.new_ones(len(is_one), len(behind))], 1)
+        ranks = (self.place[numbers] - start[:, None]).mul_(backwards[:, None])
+        ranks = torch.where(is_one, ranks.remainder_(len(self.place)), self.drawn)
+        wanted = (ranks < self.count).sum(1)
+        # Of the ranks behind the first ``count``, those that are not taken, one by one.
+        rest = ranks.new_ones(len(ranks), self.drawn - self.count + 1)
+        taken = (ranks - (self.count - 1)).clamp_min_(0).mul_(ranks < self.drawn)
+        rest.scatter_(1, taken, 0)  # all that are elsewhere at 0
+        rest[:, 0] = 0
+        before = rest.cumsum(1) - rest
+        end = self.count - 1 + (before < wanted[:, None]).sum(1)
+        missing = (wanted - rest.sum(1)).clamp_min_(0)
+        return torch.where(wanted > 0, end, self.count), self.count - missing
+
+    def _own(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all of each sample's class, int64 (B, M), and which of them are no repetitions."""
+        own = self.of[samples].long()
+        members = self.members[own, None]
+        each = torch.arange(self._largest, device=samples.device)
+        found = self.order[self.first[own, None] + torch.minimum(each, members - 1)]
+        return found.long(), each < members
+
+    def _in_parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield parts of some samples' values, of so many samples as the largest class allows."""
+        size = max(1, OWN_AT_ONCE // self._largest)
+        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def enough(size: int, largest_class: int, count: int) -> int:
+    """Return how many of all are drawn to find ``count`` of other classes among them.
 
     Enough but once in 10^9 times, by the spread of how many of one class are among them.
     """
@@ -72,71 +212,14 @@ def candidates(size: int, largest_class: int, count: int) -> int:
     return min(prime, ceil(wanted + 6 * spread) + prime - size)
 
 
-def draw(
-    classes: Classes, samples: Tensor, drawn: int, count: int, key: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return candidates for each sample, int64 (B, drawn), and which of them it keeps, bool.
-
-    It keeps the first ``count`` that are of another class; a candidate that is no sample is none.
-    No candidate comes twice. Each sample is one with the same probability, and each pair of samples
-    with that of a draw without replacement: they stand at equal distances, around, in a shuffled
-    row as long as a prime, where start and distance are drawn. (To reject some of them makes pairs
-    of those that are left differ by about 1 / N.)
-
-    Args:
-        classes: of the data set.
-        samples: int64 (B).
-        drawn: how many candidates, at most ``len(classes.shuffled)``.
-        count: how many to keep.
-        key: int64 scalar; another one draws others.
-    """
-    found = _candidates(classes, scattered(samples + scattered(key)), drawn)
-    of = classes.of.index_select(0, found.flatten()).view_as(found)
-    kept = (of != classes.of[samples, None]).logical_and_(of != NONE)
-    # Only behind the first of them can there be more than are to be kept.
-    rest = kept[:, count:]
-    rest &= rest.cumsum(1, dtype=torch.int32) <= count - kept[:, :count].sum(1, keepdim=True)
-    return found, kept
-
-
-def _candidates(classes: Classes, bits: Tensor, drawn: int) -> Tensor:
-    """Return different numbers for each of some random ones, int64 (B, drawn)."""
-    prime = len(classes.shuffled)
-    distance = (bits & LARGEST) % (prime - 1) + 1
-    start = (scattered(bits) & LARGEST) % prime
-    places = torch.arange(drawn, device=bits.device) * distance[:, None]
-    places.add_(start[:, None]).remainder_(prime)
-    # Four times as fast on a processor as places for an index.
-    return classes.shuffled.index_select(0, places.flatten()).view_as(places)
-
-
-def mark(classes: Classes, samples: Tensor, drawn: int, count: int, key: Tensor) -> Tensor:
-    """Return which samples are kept of those that ``draw`` gives for each of some, bool (N, B)."""
-    batch = len(samples)
-    marks = torch.zeros(len(classes.shuffled), batch, dtype=torch.bool, device=samples.device)
-    columns = torch.arange(batch, device=samples.device)[:, None]
-    # On a processor what is drawn for a few samples fits into its cache.
-    few = max(1, DRAWN_AT_ONCE // drawn) if samples.device.type == "cpu" else batch
-    for some, column in zip(samples.split(few), columns.split(few), strict=True):
-        found, kept = draw(classes, some, drawn, count, key)
-        marks.view(-1).put_(found.mul_(batch).add_(column), kept)
-    return marks[: len(classes)]
-
-
-def draw_shared(classes: Classes, drawn: int, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one set of different samples, int64 (drawn), and their classes.
-
-    Numbers behind the last sample are among them, whose class is ``NONE``.
-    """
-    found = _candidates(classes, scattered(key)[None], drawn)[0]
-    return found, classes.of.index_select(0, found)
-
-
-def draw_same(classes: Classes, samples: Tensor, key: Tensor) -> Tensor:
-    """Return for each sample one of its class, perhaps itself, int64 (B)."""
-    own = classes.of[samples].long()
-    bits = scattered(samples + scattered(~key))  # not what the negatives are drawn from
-    return classes.order[classes.first[own] + (bits & LARGEST) % classes.members[own]]
+def _inverse(numbers: Tensor, prime: int) -> Tensor:
+    """Return what gives 1 times numbers, modulo a prime: their power of prime - 2 (Fermat)."""
+    power, rest = torch.ones_like(numbers), prime - 2
+    while rest:
+        if rest % 2:
+            power = power * numbers % prime
+        numbers, rest = numbers * numbers % prime, rest // 2
+    return power
 
 
 def scattered(numbers: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ PIECE = {"cpu": 2**20, "cuda": 2**26}
 """Bytes of the products that are taken together, by device type."""
 FETCHED = {"cpu": 2**22, "cuda": 2**26}
 """Bytes of the rows that are fetched together."""
+ROWS_OF_PRODUCTS = 64
+"""Down to so many rows a processor multiplies a piece."""
 
 Piece = tuple[slice, Tensor, Tensor]
 
@@ -56,17 +58,21 @@ class Negatives:
             yield from self._of_listed(embedding, log_noise, self.index, self.kept)
 
     def _of_marked(self, embedding: Tensor, log_noise: Tensor, marked: Tensor) -> Iterator[Piece]:
-        size = self._piece(PIECE, len(embedding) * embedding.element_size())
+        size = self._piece(PIECE, len(embedding) * self.rows.element_size())
         narrow = embedding.to(self.rows.dtype)
-        factors = marked.view(torch.uint8)  # four times as fast to multiply with as bool
         space = _Space()
         for start in range(0, len(self.rows), size):
             rows = self.rows[start : start + size]
+            shape = len(rows), len(narrow)
             # In this order both cores of a small machine take part.
-            products = torch.mm(rows, narrow.T, out=space.like(rows, len(rows), len(narrow)))
-            wide = space.like(embedding, *products.shape)
-            torch.sub(products, log_noise, out=wide)
-            yield slice(None), wide.exp_().mul_(factors[start : start + size]), rows
+            products = torch.mm(rows, narrow.T, out=space.like(rows, "products", *shape))
+            # To copy what is of another type first takes no memory of its own each time.
+            ratios = products
+            if ratios.dtype != embedding.dtype:
+                ratios = space.like(embedding, "ratios", *shape).copy_(products)
+            factors = space.like(embedding, "factors", *shape)
+            factors.copy_(marked[start : start + size].view(torch.uint8))
+            yield slice(None), ratios.sub_(log_noise).exp_().mul_(factors), rows
 
     def _of_listed(
         self, embedding: Tensor, log_noise: Tensor, index: Tensor, kept: Tensor
@@ -81,7 +87,7 @@ class Negatives:
             some = slice(first, first + samples)
             for start in range(0, index.shape[1], negatives):
                 chosen = index[some, start : start + negatives].flatten()
-                rows = space.like(self.rows, len(chosen), self.rows.shape[1])
+                rows = space.like(self.rows, "rows", len(chosen), self.rows.shape[1])
                 torch.index_select(self.rows, 0, chosen, out=rows)
                 if samples == 1:
                     products = rows @ narrow[some].T
@@ -96,16 +102,16 @@ class Negatives:
 
 
 class _Space:
-    """Memory for tensors of a type, asked for again only where they are wider or longer."""
+    """Memory for tensors of a name, asked for again only where they are wider or longer."""
 
     def __init__(self) -> None:
-        self._tensors: dict[torch.dtype, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
 
-    def like(self, tensor: Tensor, rows: int, columns: int) -> Tensor:
-        """Return a tensor (rows, columns) of another's type, that may be of this memory."""
-        known = self._tensors.get(tensor.dtype)
+    def like(self, tensor: Tensor, name: str, rows: int, columns: int) -> Tensor:
+        """Return a tensor (rows, columns) of another's type, in the memory of this name."""
+        known = self._tensors.get(name)
         if known is None or len(known) < rows or known.shape[1] != columns:
-            known = self._tensors[tensor.dtype] = tensor.new_empty(rows, columns)
+            known = self._tensors[name] = tensor.new_empty(rows, columns)
         return known[:rows]
 
 
@@ -140,11 +146,13 @@ class _LogNoiseSums(torch.autograd.Function):
     ) -> Tensor:
         sums = embedding.new_zeros(len(embedding))
         gradient = torch.zeros_like(embedding)
-        larger, spare = _Space(), _Space()
+        space = _Space()
         for some, ratios, rows in negatives.ratios(embedding / temperature, noise.log()):
-            above = torch.add(ratios, 1, out=larger.like(ratios, *ratios.shape))
-            sums[some] += _log_sums(ratios, above, spare.like(ratios, *ratios.shape))
-            weights = ratios.div_(above).to(rows.dtype)
+            spare = space.like(ratios, "spare", *ratios.shape)
+            sums[some] += _log_sums(ratios, spare)
+            weights = ratios.div_(torch.add(ratios, 1, out=spare))
+            if weights.dtype != rows.dtype:
+                weights = space.like(rows, "weights", *ratios.shape).copy_(weights)
             if rows.dim() == 2:
                 gradient[some] += weights.T @ rows
             else:
@@ -159,11 +167,24 @@ class _LogNoiseSums(torch.autograd.Function):
         return gradient * grads[0][:, None], None, None, None
 
 
-def _log_sums(ratios: Tensor, above: Tensor, spare: Tensor) -> Tensor:
-    """Return the sums of log(1 + ratio) over rows, given 1 + ratio as rounded.
+def _log_sums(ratios: Tensor, spare: Tensor) -> Tensor:
+    """Return the sums of log(1 + ratio) over rows, using memory of the same shape.
 
-    What the rounding took is put back, as in log1p, which on a processor is six times as slow.
+    On a processor a logarithm costs twenty times what a product does, so it is taken of products,
+    unless they leave the range of numbers.
     """
-    sums = torch.log(above, out=spare).sum(0)
-    taken = torch.sub(above, 1, out=spare).sub_(ratios).div_(above)
-    return sums - taken.sum(0)
+    if ratios.device.type == "cpu":
+        sums = _products(ratios, spare).log1p().sum(0)
+        if sums.isfinite().all():
+            return sums
+    return ratios.log1p().sum(0)
+
+
+def _products(ratios: Tensor, spare: Tensor) -> Tensor:
+    """Return the products of 1 + ratio of some rows each, less 1, without ever adding that 1."""
+    while len(ratios) > ROWS_OF_PRODUCTS:
+        half = len(ratios) // 2
+        one, other, rest = ratios.split([half, half, len(ratios) % 2])
+        ratios = torch.addcmul(one, one, other, out=spare[:half]).add_(other)
+        ratios[: len(rest)] += rest + rest * ratios[: len(rest)]
+    return ratios
