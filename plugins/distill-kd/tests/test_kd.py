@@ -57,7 +57,7 @@ def cross_entropies_by_hand(student, targets, smoothing=0.0, ignore_index=-100):
     ]
 
 
-SHAPES = [(1, 2), (3, 7), (2, 4, 3), (2, 3, 2, 5)]
+SHAPES = [(1, 2), (3, 7), (2, 3, 2, 5)]
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
@@ -297,7 +297,10 @@ def test_teacher_gets_no_gradient():
         ({"beta": math.nan}, r"beta .* got nan"),
         ({"beta": math.inf}, r"beta .* got inf"),
         ({"alpha": math.inf, "beta": 1.0}, r"alpha must be a finite .* got inf"),
-        ({"reduction": "none"}, r"reduction must be one of 'batchmean', 'mean', 'sum', got 'none'"),
+        (
+            {"reduction": "none"},
+            r"reduction must be one of 'batchmean', 'positionmean', .* got 'none'",
+        ),
         ({"label_smoothing": 1.1}, r"label_smoothing must be within \[0, 1\], got 1\.1"),
         ({"label_smoothing": -0.1}, r"label_smoothing .* got -0\.1"),
         ({"soft_term": "js"}, r"soft_term must be one of 'kl', 'cross_entropy', got 'js'"),
@@ -328,7 +331,7 @@ def test_logits_that_do_not_fit_are_refused_with_their_shapes(student, teacher, 
         torch.zeros(4, 1, dtype=torch.int64),
         torch.zeros(3, dtype=torch.int64),
         torch.zeros(4),
-        torch.zeros(4, 10, dtype=torch.int64),
+        torch.zeros(4, 10, 1),
         torch.zeros(4, 9),
     ],
 )
@@ -343,7 +346,8 @@ def test_printing_shows_every_parameter():
     shown = repr(KDLoss(2.0, 0.3, reduction="mean", label_smoothing=0.1, ignore_index=255))
     assert shown == (
         "KDLoss(temperature=2.0, alpha=0.3, beta=0.7, reduction='mean', label_smoothing=0.1, "
-        "ignore_index=255, soft_term='kl')"
+        "ignore_index=255, soft_term='kl', ignore_soft=False, standardize=False, "
+        "activation='softmax', class_dim=None)"
     )
 
 
@@ -362,3 +366,49 @@ def test_readme_examples_hold(capsys):
     assert isinstance(KDLoss(**kd["params"]), KDLoss)
     assert isinstance(DISTLoss(**dist["params"]), DISTLoss)
     exec(dict(blocks)["python"], {})
+
+
+def test_with_sigmoid_each_class_is_a_question_of_its_own():
+    student, teacher = logits(3, 4), logits(3, 4, seed=1)
+    targets = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    soft = hard = 0.0
+    for s, t, y in zip(*(x.flatten().tolist() for x in (student, teacher, targets)), strict=True):
+        p, q, own = (1 / (1 + math.exp(-z)) for z in (t / 2, s / 2, s))
+        soft += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        hard -= math.log(own if y else 1 - own)
+    value = KDLoss(2.0, alpha=0.3, activation="sigmoid")(student, teacher, targets)
+    assert value.item() == pytest.approx(0.3 * hard / 12 + 0.7 * 4 * soft / 3)
+
+
+def test_with_sigmoid_class_indices_are_refused():
+    with pytest.raises(ValueError, match=r"targets of 0 and 1 for each class, .* \(3, 4\), got"):
+        KDLoss(activation="sigmoid")(logits(3, 4), logits(3, 4), torch.zeros(3).long())
+
+
+def test_ignored_labels_still_have_a_soft_term_unless_told():
+    student, teacher = logits(4, 3), logits(4, 3, seed=1)
+    targets = torch.tensor([0, -100, 2, 1])
+    soft = KDLoss(alpha=0.0)(student, teacher).item()
+    ce = F.cross_entropy(student, targets).item()
+    value = KDLoss(alpha=1.0, beta=1.0)(student, teacher, targets).item()
+    assert value == pytest.approx(ce + soft)
+    kept = targets >= 0
+    alone = KDLoss(alpha=1.0, beta=1.0, reduction="positionmean")(
+        student[kept], teacher[kept], targets[kept]
+    )
+    told = KDLoss(alpha=1.0, beta=1.0, reduction="positionmean", ignore_soft=True)
+    assert told(student, teacher, targets).item() == pytest.approx(alone.item())
+
+
+def test_standardized_logits_leave_the_cross_entropy_as_it_is():
+    student, teacher = logits(4, 3), logits(4, 3, seed=1)
+    targets = labels(4, classes=3)
+    value = KDLoss(1.0, alpha=1.0, beta=0.0, standardize=True)(student, teacher, targets)
+    assert value.item() == pytest.approx(F.cross_entropy(student, targets).item())
+
+
+def test_equals_what_the_authors_of_logit_standardisation_give_on_closed_form_logits():
+    b, k = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
+    student, teacher = 2 * torch.sin(0.7 * b + 1.3 * k), 2 * torch.cos(0.5 * b + 0.9 * k)
+    value = KDLoss(2.0, alpha=0.0, standardize=True)(student.double(), teacher.double())
+    assert value.item() == pytest.approx(0.128696, abs=1e-6)

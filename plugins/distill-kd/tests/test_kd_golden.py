@@ -12,12 +12,14 @@ import torch
 from distill_kd import KDLoss
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = {case["id"]: case for case in json.loads((GOLDEN / "kd.json").read_text())["cases"]}
+METHODS = [json.loads((GOLDEN / name).read_text()) for name in ("kd.json", "logit_std_kd.json")]
+CASES = {case["id"]: case for method in METHODS for case in method["cases"]}
 
 
 def parameters_of(case):
     """Translate a variant of the reference into KDLoss's own parameters."""
-    params = dict(case["params"])
+    params = {name: value for name, value in case["params"].items() if name != "eps"}
+    params["standardize"] = case["method"] == "logit_std_kd"
     match case["variant"]:
         case "kl_t2":
             params["alpha"] = 0.0
@@ -49,8 +51,8 @@ def test_loss_and_gradient_equal_the_reference(case, dtype):
 
 
 def test_every_variant_of_the_reference_is_covered():
-    variants = json.loads((GOLDEN / "kd.json").read_text())["method"]["variants"]
-    assert {case["variant"] for case in CASES.values()} == set(variants)
+    variants = {name for method in METHODS for name in method["method"]["variants"]}
+    assert {case["variant"] for case in CASES.values()} == variants
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from distill import gather as global_rows
-from distill_kd.logit_pairs import check_same_shape, in_one_type
-from distill_kd.parameters import Parametrized, check, check_choice
+from distill_kd.logits import LogitLoss, Rows, check_factor, check_temperature, standardized
+from distill_kd.parameters import check, check_choice
 
 EpsForm = Literal["clamped", "added"]
 Gather = Literal["none", "all"]
 
 
-class DISTLoss(Parametrized):
+class DISTLoss(LogitLoss):
     r"""Pearson correlation of the probabilities, over the classes and over the samples.
 
     .. math::
@@ -50,15 +50,21 @@ class DISTLoss(Parametrized):
             the batch comes near, which are most of ImageNet's; where student and teacher are
             certain its minimum is not 0.
         gather: ``"none"`` or ``"all"``, whose samples are correlated.
+        ignore_index: the label of positions that do not count, where targets are wired.
+        standardize: whether to take logits less their mean, in units of their standard deviation.
+        class_dim: the dimension of the classes; ``None`` for the last of three, else 1.
 
     Shape:
-        - student, teacher: logits (B, K). The teacher may exclude a class by ``-inf``.
+        - student, teacher: logits (B, K). The teacher may exclude a class by ``-inf``. Of dense
+          logits (B, K, H, W) and of texts (B, T, V) each position is a sample.
+        - targets: class indices, looked at only for positions to ignore; not needed.
+        - mask: of the shape of class indices; where it is 0 nothing counts.
         - returns: scalar, computed in float32, or in float64 if one of the logits is. Only the
           student gets a gradient.
 
     Raises:
         ValueError: a parameter out of range; student and teacher of different shapes; logits that
-            are not (B, K) or have no elements.
+            have no classes or no elements.
 
     Equals, with ``tau`` as the temperature and the same beta and gamma:
         - the authors' DIST and mmrazor's ``DISTLoss``: ``eps_form="added"``.
@@ -87,11 +93,14 @@ class DISTLoss(Parametrized):
         eps: float = 1e-8,
         eps_form: EpsForm = "clamped",
         gather: Gather = "none",
+        ignore_index: int = -100,
+        standardize: bool = False,
+        class_dim: int | None = None,
     ) -> None:
-        super().__init__()
-        check(self, "temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
-        check(self, "beta", beta, 0 <= beta < math.inf, "a finite number >= 0")
-        check(self, "gamma", gamma, 0 <= gamma < math.inf, "a finite number >= 0")
+        super().__init__(ignore_index, class_dim)
+        check_temperature(self, temperature)
+        check_factor(self, "beta", beta)
+        check_factor(self, "gamma", gamma)
         check(self, "eps", eps, 0 < eps < math.inf, "a finite number > 0")
         check_choice(self, "eps_form", eps_form, get_args(EpsForm))
         check_choice(self, "gather", gather, get_args(Gather))
@@ -101,20 +110,42 @@ class DISTLoss(Parametrized):
         self.eps = eps
         self.eps_form = eps_form
         self.gather = gather
+        self.standardize = standardize
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
-        check_same_shape(self, student, teacher)
-        _check_logits(student)
-        student, teacher = in_one_type(student, teacher)
+        rows = self.rows(student, teacher, targets, mask).wide()
+        counted = rows.counted
+        ours, theirs = self._probabilities(rows.student), self._probabilities(rows.teacher)
         if self.gather == "all":
-            student, teacher = global_rows(student), global_rows(teacher)
-        student = (student / self.temperature).softmax(1)
-        teacher = (teacher / self.temperature).softmax(1)
-        inter = 1 - self._correlation(student, teacher, dim=1).mean()
-        intra = 1 - self._correlation(student, teacher, dim=0).mean()
+            ours, theirs = global_rows(ours), global_rows(theirs)
+            counted = None if counted is None else global_rows(counted)
+        rows = Rows(ours, theirs, counted=counted)
+        inter = 1 - rows.mean(self._correlation(ours, theirs, 1))
+        intra = 1 - self._correlation(*self._of_samples(rows), 0).mean()
         factor = self.temperature**2
         return torch.add(inter * (self.beta * factor), intra, alpha=self.gamma * factor)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        if self.standardize:
+            logits = standardized(logits)
+        return (logits / self.temperature).softmax(1)
+
+    def _of_samples(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return both sides' probabilities, those of rows that do not count at their mean."""
+        if rows.counted is None:
+            return rows.student, rows.teacher
+        kept = rows.counted[:, None]
+        means = [
+            side.where(kept, 0.0).sum(0) / rows.count() for side in (rows.student, rows.teacher)
+        ]
+        return rows.student.where(kept, means[0]), rows.teacher.where(kept, means[1])
 
     def _correlation(self, first: Tensor, second: Tensor, dim: int) -> Tensor:
         """Return the correlation of probabilities along a dimension, which goes away."""
@@ -135,12 +166,3 @@ def _centred(probabilities: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     # A mean of equal numbers may be off by some roundings, whose directions mean nothing.
     rounding = 16 * torch.finfo(mean.dtype).eps * math.sqrt(probabilities.shape[dim])
     return centred, norm, norm > rounding * mean.squeeze(dim)
-
-
-def _check_logits(student: Tensor) -> None:
-    if student.ndim != 2 or student.numel() == 0:
-        raise ValueError(
-            f"DISTLoss: logits must have the shape (B, K) and no empty dimension, got "
-            f"{tuple(student.shape)}; for dense logits (B, K, H, W) make positions the samples: "
-            f"logits.movedim(1, -1).flatten(0, -2)"
-        )

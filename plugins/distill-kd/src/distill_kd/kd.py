@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill_kd.logit_pairs import check_same_shape, in_one_type
-from distill_kd.parameters import Parametrized, check, check_choice
+from distill_kd.logits import (
+    RowLoss,
+    Rows,
+    check_factor,
+    check_temperature,
+    cross_entropy_of,
+    divergence,
+    log_probabilities,
+    standardized,
+)
+from distill_kd.parameters import check, check_choice
 
-Reduction = Literal["batchmean", "mean", "sum"]
+Reduction = Literal["batchmean", "positionmean", "mean", "sum"]
 SoftTerm = Literal["kl", "cross_entropy"]
+Activation = Literal["softmax", "sigmoid"]
 
 
-class KDLoss(Parametrized):
+class KDLoss(RowLoss):
     r"""Cross entropy with the labels plus the divergence from the teacher's softened classes.
 
     .. math::
@@ -38,33 +49,46 @@ class KDLoss(Parametrized):
         temperature: T > 0, dividing both sides' logits in the soft term.
         alpha: weight of the cross entropy, >= 0.
         beta: weight of the soft term, >= 0; ``None`` means ``1 - alpha``.
-        reduction: what is averaged over what. Positions are H, W, ... of dense logits.
+        reduction: what is averaged over what. Positions are H, W, ... of dense logits, T of texts.
 
-            ============= ========================================== ==========================
-            name          soft term                                  cross entropy
-            ============= ========================================== ==========================
-            ``batchmean`` sum over classes and positions, divided    mean over labels
-                          by B
-            ``mean``      mean over all elements, so K times         mean over labels
-                          smaller than per position
-            ``sum``       sum                                        sum
-            ============= ========================================== ==========================
+            ================ ========================================= =======================
+            name             soft term                                 cross entropy
+            ================ ========================================= =======================
+            ``batchmean``    sum over classes and positions, divided   mean over labels
+                             by B
+            ``positionmean`` sum over classes, mean over the positions mean over labels
+                             that count
+            ``mean``         mean over all elements, so K times        mean over labels
+                             smaller than per position
+            ``sum``          sum                                       sum
+            ================ ========================================= =======================
         label_smoothing: in [0, 1], for the cross entropy only.
         ignore_index: the class index that the cross entropy skips, as in
-            ``torch.nn.functional.cross_entropy``. The soft term covers those positions too. Where
-            every label is skipped, the cross entropy is 0.
+            ``torch.nn.functional.cross_entropy``. Where every label is skipped, it is 0.
         soft_term: ``"kl"``, or ``"cross_entropy"`` for ``-sum p_t^T log p_s^T``, as the paper
             writes it: larger by the entropy of the teacher, with the same gradient.
+        ignore_soft: leave positions with the ``ignore_index`` out of the soft term too, as those of
+            a language model's prompts. A ``mask`` leaves them out of both.
+        standardize: match logits less their mean, in units of their standard deviation; the cross
+            entropy takes them as they are. Logits must be finite.
+        activation: ``"softmax"``; or ``"sigmoid"`` for images with several labels: each class is
+            told by itself, the soft term sums the divergences of K yes-or-no questions, and the
+            hard one is the binary cross entropy with targets of 0 and 1, mean over classes.
+        class_dim: the dimension of the classes; ``None`` for the last of three, else 1.
 
     Shape:
-        - student, teacher: logits (B, K) or (B, K, H, W, ...); classes stand in dimension 1. The
-          teacher may exclude a class by ``-inf``; the student by a low number such as ``-1e4``.
-        - targets: class indices (B) or (B, H, W, ...) of any integer type, or class probabilities
-          of the shape of the logits and a floating-point type; or ``None``.
+        - student, teacher: logits (B, K), (B, K, H, W, ...) with classes in dimension 1, or (B, T,
+          V) with classes last. The teacher may exclude a class by ``-inf``; the student by a low
+          number such as ``-1e4``.
+        - targets: class indices of any integer type, (B), (B, H, W, ...) or (B, T), or class
+          probabilities of the shape of the logits (several labels of 0 and 1 share 1 in equal
+          parts); or ``None``.
+        - mask: of the shape of class indices; where it is 0 nothing counts.
         - returns: scalar, computed in float32, or in float64 if one of the logits is. Only the
           student gets a gradient.
 
-    A class that both sides exclude with a logit of ``-inf`` counts nothing.
+    A class that both sides exclude with a logit of ``-inf`` counts nothing. Of more than 2**25
+    logits, parts are computed one after another, and again for the backward, to bound memory.
 
     Raises:
         ValueError: a parameter out of range; student and teacher of different shapes; logits
@@ -77,6 +101,11 @@ class KDLoss(Parametrized):
         - cls_KD, where alpha ``a`` weighs the teacher: ``alpha=1 - a, beta=a,
           soft_term="cross_entropy"``.
         - mmrazor, CE + 3 KL: ``alpha=1, beta=3``.
+        - the authors of logit standardisation (Sun et al., CVPR 2024,
+          https://arxiv.org/abs/2403.01427), on CIFAR-100: ``standardize=True, temperature=2,
+          alpha=0.1, beta=9``.
+        - Tf-KD's self-training (Yuan et al., CVPR 2020, https://arxiv.org/abs/1909.11723) with
+          alpha ``a`` and multiplier ``m``: ``alpha=1 - a, beta=a * m, reduction="mean"``.
 
     Source: Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015,
     https://arxiv.org/abs/1503.02531.
@@ -104,91 +133,100 @@ class KDLoss(Parametrized):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         soft_term: SoftTerm = "kl",
+        ignore_soft: bool = False,
+        standardize: bool = False,
+        activation: Activation = "softmax",
+        class_dim: int | None = None,
     ) -> None:
-        super().__init__()
-        check(self, "temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
-        check(self, "alpha", alpha, 0 <= alpha < math.inf, "a finite number >= 0")
+        super().__init__(ignore_index, class_dim)
+        check_temperature(self, temperature)
+        check_factor(self, "alpha", alpha)
         if beta is None:
             check(self, "alpha", alpha, alpha <= 1, "<= 1 unless beta is given (beta is 1 - alpha)")
             beta = 1 - alpha
-        check(
-            self, "beta", beta, 0 <= beta < math.inf, "a finite number >= 0, or None for 1 - alpha"
-        )
+        fits = 0 <= beta < math.inf
+        check(self, "beta", beta, fits, "a finite number >= 0, or None for 1 - alpha")
         check_choice(self, "reduction", reduction, get_args(Reduction))
         check(self, "label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "within [0, 1]")
         check_choice(self, "soft_term", soft_term, get_args(SoftTerm))
+        check_choice(self, "activation", activation, get_args(Activation))
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta
         self.reduction = reduction
         self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
         self.soft_term = soft_term
+        self.ignore_soft = ignore_soft
+        self.standardize = standardize
+        self.activation = activation
 
-    def forward(self, student: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
-        check_same_shape(self, student, teacher)
-        _check_logits(student)
-        student, teacher = in_one_type(student, teacher)
-        soft = self._soft_sum(student, teacher)
-        # Factors are put together before they meet a tensor: each such meeting costs a kernel.
-        weight = self.beta * self.temperature**2 / self._soft_count(student)
-        if targets is None or self.alpha == 0:
-            return soft * weight
-        count = self._hard_count(student, targets)
-        hard = self._hard_sum(student, targets) * (self.alpha / count)
-        return torch.add(hard, soft, alpha=weight)
+        if self.alpha == 0 and not self.ignore_soft:
+            targets = None
+        rows = self.rows(student, teacher, targets, mask)
+        if self.activation == "sigmoid" and rows.labels is not None:
+            raise ValueError(
+                "KDLoss: activation sigmoid needs targets of 0 and 1 for each class, of the shape "
+                f"{tuple(student.shape)}, got class indices {tuple(rows.labels.shape)}"
+            )
+        losses = self.losses_of(rows)
+        masked = None if mask is None else mask.reshape(-1).bool()
+        matched = rows if self.ignore_soft else replace(rows, counted=masked)
+        soft = matched.total(losses[:, 0]) * (self.beta * self.temperature**2)
+        soft = soft / self._soft_count(student, matched)
+        if losses.shape[1] == 1:
+            return soft
+        hard = rows.total(losses[:, 1]) * self.alpha
+        return soft + (hard if self.reduction == "sum" else hard / rows.count())
 
-    def _soft_sum(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the summed divergence of the softened classes, without T^2 and without beta."""
-        log_student = F.log_softmax(student / self.temperature, dim=1)
-        log_teacher = F.log_softmax(teacher / self.temperature, dim=1)
-        # A class that the teacher excludes has -inf, and 0 * inf would be NaN.
-        log_teacher = log_teacher.clamp(min=torch.finfo(teacher.dtype).min)
+    def row_losses(self, rows: Rows) -> Tensor:
+        """Return the divergence of the softened classes and the cross entropy of each row, (N, 2).
+
+        Both without factors; of rows without labels the divergence alone, (N, 1).
+        """
+        losses = [self._soft(rows.student, rows.teacher)]
+        if self.alpha != 0 and (rows.labels is not None or rows.soft is not None):
+            losses.append(self._hard(rows))
+        return torch.stack(losses, 1)
+
+    def _soft(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.standardize:
+            student, teacher = standardized(student), standardized(teacher)
+        if self.activation == "sigmoid":
+            return self._of_each_class(student / self.temperature, teacher / self.temperature)
+        log_student = log_probabilities(student, self.temperature)
+        log_teacher = log_probabilities(teacher, self.temperature)
         if self.soft_term == "kl":
-            return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-        return -(log_teacher.exp() * log_student).sum()
+            return divergence(log_student, log_teacher)
+        return -(log_teacher.exp() * log_student).sum(1)
 
-    def _soft_count(self, student: Tensor) -> int:
-        if self.reduction == "sum":
-            return 1
-        return len(student) if self.reduction == "batchmean" else student.numel()
+    def _of_each_class(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the sum over classes of what tells one yes-or-no answer from another, (N)."""
+        found = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
+        if self.soft_term == "kl":
+            found = found - F.binary_cross_entropy_with_logits(
+                teacher, teacher.sigmoid(), reduction="none"
+            )
+        return found.sum(1)
 
-    def _hard_sum(self, student: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross entropy with the labels, without alpha."""
-        _check_targets(student, targets)
-        return F.cross_entropy(
-            student,
-            targets.to(student.dtype if targets.is_floating_point() else torch.int64),
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
-        )
+    def _hard(self, rows: Rows) -> Tensor:
+        if self.activation == "softmax":
+            return cross_entropy_of(rows.student.log_softmax(1), rows, self.label_smoothing)
+        assert rows.soft is not None, "class indices have been refused"
+        smoothed = torch.lerp(rows.soft, torch.full_like(rows.soft, 0.5), self.label_smoothing)
+        found = F.binary_cross_entropy_with_logits(rows.student, smoothed, reduction="none")
+        return found.mean(1)
 
-    def _hard_count(self, student: Tensor, targets: Tensor) -> Tensor | int:
-        if self.reduction == "sum":
-            return 1
-        if targets.is_floating_point():
-            return student.numel() // student.shape[1]
-        # Not torch's own mean: that is NaN for a batch whose labels are all ignored.
-        return (targets != self.ignore_index).sum(dtype=student.dtype).clamp(min=1)
-
-
-def _check_logits(student: Tensor) -> None:
-    if student.ndim < 2 or student.numel() == 0:
-        raise ValueError(
-            f"KDLoss: logits must have the shape (B, K) or (B, K, ...) and no empty dimension, "
-            f"got {tuple(student.shape)}"
-        )
-
-
-def _check_targets(student: Tensor, targets: Tensor) -> None:
-    indices = (student.shape[0], *student.shape[2:])
-    soft = targets.is_floating_point()
-    if tuple(targets.shape) != (tuple(student.shape) if soft else indices):
-        raise ValueError(
-            f"KDLoss: for logits {tuple(student.shape)} (classes in dimension 1) targets must be "
-            f"class indices {indices} of an integer type or class probabilities "
-            f"{tuple(student.shape)} of a floating-point type, "
-            f"got {tuple(targets.shape)} of {targets.dtype}"
-        )
+    def _soft_count(self, student: Tensor, matched: Rows) -> Tensor | int:
+        if self.reduction == "positionmean":
+            return matched.count()
+        if self.reduction == "mean":
+            return matched.count() * matched.student.shape[1]
+        return len(student) if self.reduction == "batchmean" else 1

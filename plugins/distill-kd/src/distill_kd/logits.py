@@ -1,0 +1,304 @@
+"""What losses on logits share: layouts, labels hard and soft, masks, precision, and bounded memory.
+
+Every loss sees rows: logits (N, K), one row for each position that has a label, whatever the layout
+they came in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distill_kd.parameters import Parametrized, check, check_choice
+
+SoftTargets = Literal["argmax", "error"]
+
+AT_ONCE = 2**25
+"""Logits that are looked at together; of more, parts are computed again for the backward."""
+SMALLEST_DEVIATION = 1e-7
+"""Added to a standard deviation that logits are divided by, as the authors do."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The positions of a batch as rows.
+
+    Attributes:
+        student: logits (N, K), of the type that they came in.
+        teacher: likewise; without gradient.
+        labels: class indices, int64 (N), within 0 and K - 1; ``None`` without hard labels.
+        soft: class probabilities (N, K), or several labels of 0 and 1; ``None`` without.
+        counted: bool (N), which rows count; ``None`` for all.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None = None
+    soft: Tensor | None = None
+    counted: Tensor | None = None
+
+    def count(self) -> Tensor | int:
+        """Return how many rows count, at least 1."""
+        if self.counted is None:
+            return len(self.student)
+        return self.counted.sum().clamp_min(1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of values (N) over the rows that count, 0 if none does."""
+        return self.total(values) / self.count()
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of values (N) over the rows that count."""
+        # Not a product: what does not count may be infinite.
+        return (values if self.counted is None else values.where(self.counted, 0.0)).sum()
+
+    def classes(self) -> Tensor:
+        """Return a class for each row, int64 (N): its label, or the likeliest of soft ones."""
+        if self.labels is not None:
+            return self.labels
+        assert self.soft is not None, "asked of rows without labels"
+        return self.soft.argmax(1)
+
+    def probabilities(self, dtype: torch.dtype) -> Tensor:
+        """Return the labels as probabilities (N, K): several labels share 1 in equal parts."""
+        if self.soft is not None:
+            soft = self.soft.to(dtype)
+            return soft / soft.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        assert self.labels is not None, "asked of rows without labels"
+        known = torch.zeros(self.student.shape, dtype=dtype, device=self.student.device)
+        return known.scatter_(1, self.labels[:, None], 1.0)
+
+    def wide(self) -> Rows:
+        """Return the rows in the wider of the logits' types, float32 at least."""
+        # Half precision loses small probabilities, and T^2 then multiplies the error.
+        dtype = torch.promote_types(self.student.dtype, self.teacher.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        soft = None if self.soft is None else self.soft.to(dtype)
+        student, teacher = self.student.to(dtype), self.teacher.to(dtype)
+        return Rows(student, teacher, self.labels, soft, self.counted)
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return the attributes in order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+class LogitLoss(Parametrized):
+    """A loss on the logits of student and teacher.
+
+    Logits are (B, K), (B, K, H, W) and more, with the classes in dimension 1, or (B, T, V), with
+    the classes last. ``class_dim`` says otherwise, such as 1 for (B, K, L).
+
+    Args:
+        ignore_index: the label of positions that do not count.
+        class_dim: the dimension of the classes; ``None`` for the last of three, else 1.
+    """
+
+    def __init__(self, ignore_index: int = -100, class_dim: int | None = None) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.class_dim = class_dim
+
+    def rows(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Rows:
+        """Return the positions of a batch as rows, the teacher's detached.
+
+        Args:
+            student: logits.
+            teacher: logits of the same shape.
+            targets: class indices of any integer type, of the logits' shape without classes; or
+                class probabilities of the logits' shape (MixUp, CutMix, smoothed labels), or
+                several labels of 0 and 1.
+            mask: positions that count, of the logits' shape without classes; others than 0 do.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        check_same_shape(self, student, teacher)
+        dim = self._classes_in(student)
+        positions = student.movedim(dim, -1).shape[:-1]
+        labels = soft = counted = None
+        if mask is not None:
+            counted = _positions(self, "mask", mask, positions).bool()
+        if targets is not None and targets.shape == student.shape:
+            soft = class_rows(targets, dim)
+        elif targets is not None:
+            labels = _positions(self, "targets", targets, positions, student.shape).long()
+            kept = labels != self.ignore_index
+            labels = labels.where(kept, 0)
+            counted = kept if counted is None else counted & kept
+        teacher = teacher.detach()
+        return Rows(class_rows(student, dim), class_rows(teacher, dim), labels, soft, counted)
+
+    def _classes_in(self, logits: Tensor) -> int:
+        dim = self.class_dim
+        if dim is None:
+            dim = 2 if logits.dim() == 3 else 1
+        if logits.dim() < 2 or logits.numel() == 0 or not -logits.dim() <= dim < logits.dim():
+            raise ValueError(
+                f"{type(self).__name__}: logits must have the shape (B, K), (B, K, H, W) or "
+                f"(B, T, V), with classes in dimension {dim} and no empty dimension, got "
+                f"{tuple(logits.shape)}"
+            )
+        return dim % logits.dim()
+
+
+class RowLoss(LogitLoss):
+    """A loss that is a mean over rows, each by itself.
+
+    Memory: of more than 2**25 logits, parts are looked at one after another and computed again for
+    the backward, so that beyond logits and their gradient it takes a few times 128 MB.
+    """
+
+    def row_losses(self, rows: Rows) -> Tensor:
+        """Return the loss of each row (N), of logits in float32 or wider."""
+        raise NotImplementedError
+
+    def losses_of(self, rows: Rows) -> Tensor:
+        """Return the loss of each row (N), part by part if they are many."""
+        size, classes = rows.student.shape
+        if size * classes <= AT_ONCE or size == 1:
+            return self.row_losses(rows.wide())
+        each = max(1, AT_ONCE // classes)
+        parts = [
+            [None] * math.ceil(size / each) if t is None else t.split(each) for t in rows.tensors()
+        ]
+        found = [
+            checkpoint(self._of_part, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(*parts, strict=True)
+        ]
+        return torch.cat(found)
+
+    def _of_part(self, *tensors: Tensor | None) -> Tensor:
+        return self.row_losses(Rows(*tensors).wide())  # type: ignore[arg-type]
+
+
+class LabelledLoss(RowLoss):
+    """A mean over the rows that count, of a method that needs one label for each.
+
+    Args:
+        soft_targets: what to do with class probabilities in place of labels: ``"argmax"`` takes
+            the likeliest class, ``"error"`` refuses them.
+        ignore_index: the label of positions that do not count.
+        class_dim: the dimension of the classes; ``None`` for the last of three, else 1.
+    """
+
+    def __init__(
+        self,
+        soft_targets: SoftTargets = "argmax",
+        ignore_index: int = -100,
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(ignore_index, class_dim)
+        check_choice(self, "soft_targets", soft_targets, get_args(SoftTargets))
+        self.soft_targets = soft_targets
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, targets: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of a batch as a scalar; see the class for shapes."""
+        rows = self.rows(student, teacher, targets, mask)
+        if rows.soft is not None and self.soft_targets == "error":
+            raise ValueError(
+                f"{type(self).__name__} needs one label for each position, got class probabilities "
+                f"{tuple(targets.shape)} (of MixUp, CutMix or smoothed labels); soft_targets: "
+                "argmax takes the likeliest class"
+            )
+        return rows.mean(self.losses_of(rows))
+
+
+def check_temperature(owner: object, temperature: float) -> None:
+    """Refuse a temperature that is not a finite number above 0."""
+    check(owner, "temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
+
+
+def check_factor(owner: object, name: str, factor: float) -> None:
+    """Refuse a weight that is not a finite number from 0 on."""
+    check(owner, name, factor, 0 <= factor < math.inf, "a finite number >= 0")
+
+
+def check_same_shape(owner: object, student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits of different shapes.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{type(owner).__name__}: student and teacher logits must have the same shape, "
+            f"got student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        )
+
+
+def class_rows(logits: Tensor, dim: int) -> Tensor:
+    """Return logits as rows (N, K), with the classes of dimension ``dim``."""
+    return logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
+
+
+def standardized(logits: Tensor) -> Tensor:
+    r"""Return logits (N, K) less their mean, divided by 1e-7 plus their standard deviation.
+
+    The deviation is that of a sample, divided by K - 1. Equal logits become 0, without a gradient
+    through the deviation.
+
+    Source: Sun et al., *Logit Standardization in Knowledge Distillation*, CVPR 2024,
+    https://arxiv.org/abs/2403.01427.
+    """
+    centred = logits - logits.mean(1, keepdim=True)
+    variance = centred.square().sum(1, keepdim=True) / max(1, logits.shape[1] - 1)
+    deviation = variance.clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
+    return centred / (deviation + SMALLEST_DEVIATION)
+
+
+def log_probabilities(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Return log softmax(logits / temperature) of rows (N, K), finite where logits are -inf."""
+    found = (logits / temperature).log_softmax(1)
+    # A class that is excluded has -inf, and 0 * inf would be NaN.
+    return found.clamp_min(torch.finfo(logits.dtype).min)
+
+
+def divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """Return KL(teacher || student) of rows (N, K) of log probabilities, (N)."""
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(1)
+
+
+def cross_entropy_of(log_student: Tensor, rows: Rows, smoothing: float = 0.0) -> Tensor:
+    """Return the cross entropy of log probabilities (N, K) with labels hard or soft, (N)."""
+    if rows.labels is not None:
+        found = -log_student.gather(1, rows.labels[:, None])[:, 0]
+    else:
+        found = -(rows.probabilities(log_student.dtype) * log_student).sum(1)
+    if smoothing == 0:
+        return found
+    return torch.lerp(found, -log_student.mean(1), smoothing)
+
+
+def _positions(
+    owner: object,
+    name: str,
+    values: Tensor,
+    positions: torch.Size,
+    logits: torch.Size | None = None,
+) -> Tensor:
+    """Return labels or a mask of each position as (N).
+
+    Raises:
+        ValueError: if there is not one for each.
+    """
+    if values.shape != positions or (logits is not None and values.is_floating_point()):
+        soft = f", or class probabilities {tuple(logits)}" if logits is not None else ""
+        kind = "class indices" if logits is not None else "numbers"
+        raise ValueError(
+            f"{type(owner).__name__}: {name} must be {kind} {tuple(positions)}{soft}; got "
+            f"{tuple(values.shape)} of {values.dtype}"
+        )
+    return values.reshape(-1)
