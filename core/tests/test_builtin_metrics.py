@@ -116,6 +116,13 @@ def test_cross_entropy_is_that_of_the_formula(shape, lowest):
     assert measured(cross_entropy(), logits, labels) == pytest.approx(expected, rel=1e-6)
 
 
+def test_logits_of_texts_have_their_classes_last():
+    logits, labels = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    expected = measured(cross_entropy(), logits.view(6, 5), labels.view(6))
+    assert measured(cross_entropy(), logits, labels) == pytest.approx(expected)
+    assert measured(cross_entropy(), logits.movedim(2, 1), labels) == pytest.approx(expected)
+
+
 def test_cross_entropy_of_indifference_is_the_logarithm_of_the_classes():
     assert measured(cross_entropy(), torch.zeros(3, 5), torch.tensor([0, 4, 2])) == pytest.approx(
         math.log(5)

@@ -72,6 +72,16 @@ def test_cross_entropy_is_wired_to_student_and_targets():
     assert torch.equal(loss(student=logits, targets=labels), expected)
 
 
+def test_cross_entropy_of_texts_is_that_of_their_positions():
+    loss = LOSSES["CrossEntropyLoss"]()
+    logits, labels = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    expected = nn.functional.cross_entropy(logits.view(6, 5), labels.view(6))
+    torch.testing.assert_close(loss(logits, labels), expected)
+    soft = nn.functional.one_hot(labels, 5).float()
+    torch.testing.assert_close(loss(logits, soft), expected)
+    torch.testing.assert_close(loss(logits.movedim(2, 1), labels), expected)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_built_from_what_a_file_can_hold(name):
     binding = bind(LAYERS[name], SHAPED.get(name, {}))

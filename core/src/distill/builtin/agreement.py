@@ -61,7 +61,8 @@ class Agreement:
                 f"agreement needs logits (B, K) of one shape, got {tuple(output.shape)} and "
                 f"{tuple(other.shape)} of '{self.teacher}'"
             )
-        same = output.argmax(1) == other.argmax(1)
+        classes = 2 if output.dim() == 3 else 1  # (B, T, V)
+        same = output.argmax(classes) == other.argmax(classes)
         self._equal = self._equal + same.sum()
         self._all += same.numel()
 

@@ -13,8 +13,8 @@ from distill import Batch, DataError
 def logits_and_labels(metric: str, output: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits (N, K) and labels int64 (N), one row for each label.
 
-    Takes logits (B, K) or (B, K, ...) and labels int64 (B) or (B, ...); logits below float32
-    become float32. Of an output with several parts, the one called ``logits`` or ``out`` is taken.
+    Takes logits (B, K) or (B, K, H, W, ...), or (B, T, V) unless only dimension 1 fits the labels,
+    and labels int64 of that shape without classes; logits below float32 become float32. Of an output with several parts, the one called ``logits`` or ``out`` is taken.
 
     Raises:
         DataError: if the output is no tensor of logits that fits the labels; it names ``metric``.
@@ -25,6 +25,8 @@ def logits_and_labels(metric: str, output: Any, batch: Batch) -> tuple[torch.Ten
         raise DataError(f"{metric} needs logits and labels as tensors")
     if output.dim() < 2:
         raise DataError(f"{metric} needs logits (B, K), got shape {tuple(output.shape)}")
+    if output.dim() == 3 and targets.shape == output.shape[:2]:
+        output = output.movedim(2, 1)
     expected = (output.shape[0], *output.shape[2:])
     if tuple(targets.shape) != expected or targets.is_floating_point():
         raise DataError(

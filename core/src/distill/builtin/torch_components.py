@@ -38,12 +38,16 @@ TAKES_CODE_OR_OBJECTS = {"LambdaLR", "MultiplicativeLR", "SequentialLR", "Chaine
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss`` of the student's logits, wired by itself.
 
-    Shapes: ``student`` (B, K) or (B, K, ...); ``targets`` int64 (B) or (B, ...), or class
-    probabilities of the student's shape. Gives the mean over samples.
+    Shapes: ``student`` (B, K), (B, K, H, W, ...) with classes in dimension 1, or (B, T, V) with
+    classes last, unless only dimension 1 fits the labels; ``targets`` int64 of that shape without
+    classes, or class probabilities of the student's shape. Gives the mean over labels.
     """
 
     def forward(self, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the loss."""
+        if student.dim() == 3 and targets.shape in (student.shape[:2], student.shape):
+            student = student.movedim(2, 1)
+            targets = targets.movedim(2, 1) if targets.dim() == 3 else targets
         return super().forward(student, targets)
 
 
