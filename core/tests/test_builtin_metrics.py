@@ -238,7 +238,7 @@ def test_lower_is_better_where_it_is_an_error():
 
 def test_agreement_is_the_share_of_equal_predictions():
     generator = torch.Generator().manual_seed(3)
-    for shape in ((), (4,)):
+    for shape in ((), (4, 2)):
         own, other = (torch.randn(50, 3, *shape, generator=generator) for _ in range(2))
         whole, part, rest = agreement("big"), agreement("big"), agreement("big")
         nothing = batch(torch.full((50,), -1))
