@@ -7,6 +7,8 @@ Plugin authors: ``hookimpl``, ``Sample``, ``Views`` of one, ``Batch``, ``labels`
 ``Metric``, ``Observer`` and the events it is told of, ``DistillError`` and its kinds.
 Python users: ``load`` an experiment, ``check`` it, ``run`` it; ``plugins`` gives the registry to
 create any component by name; ``Capture`` records features of any module of any model.
+Three modules belong to it too: ``distill.parameters`` checks those of a component,
+``distill.testing`` and ``distill.golden`` test a plugin.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from distill.global_batch import gather as gather
     from distill.memory import claim as claim
     from distill.model.capture import Capture as Capture
+    from distill.observer import ControlsEnd as ControlsEnd
     from distill.observer import EpochEnd as EpochEnd
     from distill.observer import EvaluationEnd as EvaluationEnd
     from distill.observer import Observer as Observer
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Batch": "distill.data.batch",
     "Capture": "distill.model.capture",
+    "ControlsEnd": "distill.observer",
     "EpochEnd": "distill.observer",
     "EvaluationEnd": "distill.observer",
     "Metric": "distill.training.metrics",
@@ -75,6 +79,7 @@ __all__ = [
     "Batch",
     "Capture",
     "ConfigError",
+    "ControlsEnd",
     "DataError",
     "DistillError",
     "EpochEnd",

@@ -14,7 +14,8 @@ def logits_and_labels(metric: str, output: Any, batch: Batch) -> tuple[torch.Ten
     """Return logits (N, K) and labels int64 (N), one row for each label.
 
     Takes logits (B, K) or (B, K, H, W, ...), or (B, T, V) unless only dimension 1 fits the labels,
-    and labels int64 of that shape without classes; logits below float32 become float32. Of an output with several parts, the one called ``logits`` or ``out`` is taken.
+    and labels int64 of that shape without classes; logits below float32 become float32. Of an
+    output with several parts, the one called ``logits`` or ``out`` is taken.
 
     Raises:
         DataError: if the output is no tensor of logits that fits the labels; it names ``metric``.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from distill import DataError, claim, gather, labels
+from distill.parameters import Parametrized, check, check_choice
 from distill_crd.memory_bank import last_of_each, momentum_rows, push, random_rows
 from distill_crd.negatives import NONE, Classes
 from distill_crd.noise_contrast import Negatives, exponential_sums, log_noise_sums
-from distill_crd.parameters import Parametrized, check, check_choice
 
 Positive = Literal["exact", "relaxed"]
 Exclude = Literal["class", "sample"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill_crd.parameters import Parametrized, check
+from distill.parameters import Parametrized, check
 
 
 class CRDEmbedding(Parametrized):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check, check_choice
 from distill_crd.batch_scope import SCOPES, Scope, rows_in_scope
 from distill_crd.divergence import wide
-from distill_crd.parameters import Parametrized, check, check_choice
 from distill_crd.view_rows import COPIES, split_views
 
 SMALLEST = 1e-8

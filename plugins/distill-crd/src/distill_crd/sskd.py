@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check, check_choice, check_positive
 from distill_crd.batch_scope import SCOPES, Scope, rows_in_scope
 from distill_crd.divergence import softened_divergence, wide
 from distill_crd.error_levels import answer_ranks, kept_rows
-from distill_crd.parameters import Parametrized, check, check_choice, check_positive
 from distill_crd.self_supervision import own_originals, view_similarities
 from distill_crd.view_rows import COPIES, check_views, split_views
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distill_crd.parameters import Parametrized
+from distill.parameters import Parametrized
 
 VIEWS = 4
 """An original, then its copies."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.parameters import check, check_choice, check_layer_weights
 from distill_fitnet.feature_pairs import PairwiseLoss, halving_weights
 from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import check, check_choice, check_layer_weights
 
 Reduction = Literal["batchmean", "sum"]
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import check_choice, check_layer_weights
 from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import check_choice, check_layer_weights, check_power
+from distill_fitnet.powers import check_power
 from distill_fitnet.vectors import unit_vectors
 
 Form = Literal["code", "paper"]

@@ -7,9 +7,9 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import check
 from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps
-from distill_fitnet.parameters import check
 
 
 class CWDLoss(PairwiseLoss):

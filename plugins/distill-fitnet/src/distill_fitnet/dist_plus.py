@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from distill.parameters import check, check_choice
 from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps, check_same
-from distill_fitnet.parameters import check, check_choice
 
 Form = Literal["one_minus", "torchdistill"]
 Spatial = Literal["samples", "positions"]

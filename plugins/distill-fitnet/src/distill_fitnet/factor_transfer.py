@@ -10,12 +10,13 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from distill.parameters import Parametrized, check, check_choice
 from distill_fitnet.attention_transfer import attention
 from distill_fitnet.feature_pairs import Features, feature_pairs
 from distill_fitnet.feature_shapes import check_maps, check_same
 from distill_fitnet.fitted_layers import FittedLayers
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import Parametrized, check, check_choice, check_power
+from distill_fitnet.powers import check_power
 from distill_fitnet.vectors import Reduction, unit_vectors, vector_distance
 
 Form = Literal["factors", "channel_power"]

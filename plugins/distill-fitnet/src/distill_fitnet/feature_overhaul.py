@@ -30,6 +30,7 @@ import math
 import torch
 from torch import Tensor
 
+from distill.parameters import Parametrized, check
 from distill_fitnet.activation_boundaries import ABConnector
 from distill_fitnet.feature_pairs import (
     Features,
@@ -39,7 +40,6 @@ from distill_fitnet.feature_pairs import (
     sum_over_layers,
 )
 from distill_fitnet.feature_shapes import check_same
-from distill_fitnet.parameters import Parametrized, check
 
 RARE = 0.001
 """Chance of a negative response at and below which its mean is not computed."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill_fitnet.parameters import Parametrized
+from distill.parameters import Parametrized
 
 Features = Tensor | Sequence[Tensor]
 """One feature, or one for each of several layers."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from distill_fitnet.parameters import check
+from distill.parameters import check
 
 Channels = int | Sequence[int] | None
 """Channels of one feature, or of each of several layers' features, or not known yet."""

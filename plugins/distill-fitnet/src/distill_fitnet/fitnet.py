@@ -8,10 +8,10 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.parameters import check, check_choice, check_layer_weights
 from distill_fitnet.feature_pairs import Features, PairwiseLoss
 from distill_fitnet.feature_shapes import check_form, check_same
 from distill_fitnet.fitted_layers import FittedLayers, settled
-from distill_fitnet.parameters import check, check_choice, check_layer_weights
 
 Reduction = Literal["mean", "sum", "paper"]
 

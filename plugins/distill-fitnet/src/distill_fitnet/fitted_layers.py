@@ -8,9 +8,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distill.parameters import Parametrized
 from distill_fitnet.feature_pairs import Features, as_list
 from distill_fitnet.feature_shapes import Channels, channel_list, check_form
-from distill_fitnet.parameters import Parametrized
 
 _Shape = TypeVar("_Shape")
 

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from distill.parameters import check_choice
 from distill_fitnet.fitnet import HintLoss
-from distill_fitnet.parameters import check_choice
 from distill_fitnet.size_rules import Step, measured, placement, step_of, steps_of
 
 Reduction = Literal["sum", "mean"]

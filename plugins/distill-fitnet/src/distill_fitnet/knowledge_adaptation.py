@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check, check_choice
 from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps, check_same
 from distill_fitnet.fitnet import ConvRegressor
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import Parametrized, check, check_choice, check_power
+from distill_fitnet.powers import check_power
 from distill_fitnet.vectors import Reduction, unit_vectors, vector_distance
 
 AffinityForm = Literal["channels", "positions"]

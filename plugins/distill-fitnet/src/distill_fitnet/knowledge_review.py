@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.parameters import check
 from distill_fitnet.feature_pairs import Features, PairwiseLoss, as_list
 from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import check
 
 MOST_MID_CHANNELS = 512
 

@@ -20,10 +20,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from distill.parameters import check, check_choice
 from distill_fitnet.feature_pairs import Features, PairwiseLoss, as_list
 from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import check, check_choice
 
 Kind = Literal["channel", "spatial"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import check, check_choice
 from distill_fitnet.feature_pairs import PairwiseLoss
 from distill_fitnet.feature_shapes import check_maps
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import check, check_choice
 from distill_fitnet.vectors import unit_vectors
 
 Kernel = Literal["polynomial", "linear", "gaussian"]

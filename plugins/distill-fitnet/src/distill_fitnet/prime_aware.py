@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from distill.parameters import Parametrized, check, check_choice
 from distill_fitnet.feature_pairs import Features, as_list, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import Parametrized, check, check_choice
 
 Reduction = Literal["mean", "sum"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check, check_choice
 from distill_fitnet.feature_pairs import Features, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import check_same
 from distill_fitnet.fitted_layers import FittedLayers
-from distill_fitnet.parameters import Parametrized, check, check_choice
 from distill_fitnet.vectors import as_vectors
 
 Reduction = Literal["batchmean", "mean", "sum"]

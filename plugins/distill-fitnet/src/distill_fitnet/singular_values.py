@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check
 from distill_fitnet.feature_pairs import Features, Pair, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import check_maps
-from distill_fitnet.parameters import Parametrized, check
 from distill_fitnet.singular_vectors import (
     MainVector,
     by_sample,

@@ -27,10 +27,10 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check
 from distill_fitnet.activation_boundaries import ABConnector
 from distill_fitnet.feature_pairs import feature_pairs
 from distill_fitnet.feature_shapes import check_same
-from distill_fitnet.parameters import Parametrized, check
 from distill_fitnet.vectors import as_vectors
 
 

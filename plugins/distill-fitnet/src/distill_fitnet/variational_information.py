@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check
 from distill_fitnet.feature_pairs import Features, as_list, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import channel_list, check_same
 from distill_fitnet.fitted_layers import FittedLayers, check_built, settled
 from distill_fitnet.map_sizes import pool_to_smaller
-from distill_fitnet.parameters import Parametrized, check
 
 
 class VIDRegressor(FittedLayers):

@@ -38,11 +38,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from distill.parameters import Parametrized, check
 from distill_fitnet.feature_pairs import Features, feature_pairs, sum_over_layers
 from distill_fitnet.feature_shapes import Channels, check_same
 from distill_fitnet.fitted_layers import FittedLayers
 from distill_fitnet.masked_generation import conv_generator
-from distill_fitnet.parameters import Parametrized, check
 
 
 class _FittedTokens(FittedLayers):

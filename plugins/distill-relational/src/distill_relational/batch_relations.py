@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill import gather as global_rows
-from distill_relational.parameters import Parametrized, check_choice
+from distill.parameters import Parametrized, check_choice
 
 Gather = Literal["none", "all"]
 """Whose samples are related: those of one process, or those of all."""

@@ -8,12 +8,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from distill.parameters import Parametrized, check, check_channels, check_choice
 from distill_relational.batch_relations import (
     BatchRelationLoss,
     Gather,
     unit_vectors,
 )
-from distill_relational.parameters import Parametrized, check, check_channels, check_choice
 
 Form = Literal["paper", "torchdistill", "code"]
 Kernel = Literal["gaussian", "bilinear"]

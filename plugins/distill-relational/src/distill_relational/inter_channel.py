@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from distill import gather as global_rows
-from distill_relational.batch_relations import Gather, full_precision, in_one_type
-from distill_relational.channel_correlations import correlation_difference
-from distill_relational.feature_pairs import Features, in_layers, sum_over_layers
-from distill_relational.parameters import (
+from distill.parameters import (
     Parametrized,
     check,
     check_channels,
     check_choice,
     check_layer_weights,
 )
+from distill_relational.batch_relations import Gather, full_precision, in_one_type
+from distill_relational.channel_correlations import correlation_difference
+from distill_relational.feature_pairs import Features, in_layers, sum_over_layers
 
 Reduction = Literal["batch", "batch_squared"]
 

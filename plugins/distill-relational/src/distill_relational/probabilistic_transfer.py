@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from distill.parameters import check
 from distill_relational.batch_relations import BatchRelationLoss, Gather, unit_vectors
-from distill_relational.parameters import check
 
 
 class PKTLoss(BatchRelationLoss):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import check_choice
 from distill_relational.batch_relations import BatchRelationLoss, Gather, unit_vectors
-from distill_relational.parameters import check_choice
 from distill_relational.squared_distances import squared_distances
 from distill_relational.triplet_angles import angle_difference
 

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from distill.parameters import check, check_choice
 from distill_relational.batch_relations import BatchRelationLoss, Gather, unit_vectors
-from distill_relational.parameters import check, check_choice
 
 Reduction = Literal["batchmean", "sum"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import Parametrized, check_choice, check_layer_weights
 from distill_relational.batch_relations import full_precision, in_one_type
 from distill_relational.feature_pairs import Features, in_layers, sum_over_layers
-from distill_relational.parameters import Parametrized, check_choice, check_layer_weights
 
 Form = Literal["mse", "paper", "torchdistill"]
 Pooling = Literal["average", "max"]

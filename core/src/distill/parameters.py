@@ -1,4 +1,7 @@
-"""Parameters of losses and modules: refused with one sentence where out of range, and shown."""
+"""Parameters of losses and modules: refused with one sentence where out of range, and shown.
+
+For plugins, whose components then speak alike.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,16 @@ def check_choice(owner: object, name: str, value: str, known: tuple[Any, ...]) -
     check(owner, name, value, value in known, f"one of {', '.join(map(repr, known))}")
 
 
+def check_positive(owner: object, name: str, value: float) -> None:
+    """Refuse a number that is not finite and above 0."""
+    check(owner, name, value, 0 < value < math.inf, "a finite number > 0")
+
+
+def check_factor(owner: object, name: str, factor: float) -> None:
+    """Refuse a weight that is not a finite number from 0 on."""
+    check(owner, name, factor, 0 <= factor < math.inf, "a finite number >= 0")
+
+
 def check_layer_weights(owner: object, layer_weights: Sequence[float] | None) -> None:
     """Refuse layer weights that are negative or not finite."""
     fits = layer_weights is None or all(0 <= weight < math.inf for weight in layer_weights)
@@ -42,8 +55,7 @@ def check_layer_weights(owner: object, layer_weights: Sequence[float] | None) ->
     check(owner, "layer_weights", layer_weights, fits, allowed)
 
 
-def check_power(owner: object, name: str, power: float, whole: bool = False) -> None:
-    """Refuse powers below 1, and fractions where negative numbers are to be raised to them."""
-    check(owner, name, power, 1 <= power < math.inf, "a finite number >= 1")
-    if whole:
-        check(owner, name, power, power % 1 == 0, "whole, since features may be negative")
+def check_channels(owner: object, name: str, channels: int | None) -> None:
+    """Refuse a number of channels below 1."""
+    fits = channels is None or channels >= 1
+    check(owner, name, channels, fits, "a whole number >= 1, or None")
