@@ -70,10 +70,13 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure loop, hints, losses, contrast, relations; behind -- which of them, its arguments."""
-    _install(session, "torchdistill>=1.1.5,<2")  # only to compare with
+    """Measure loop, hints, losses, contrast, relations, vocabulary, methods.
+
+    Behind -- which of them, and its arguments.
+    """
+    _install(session, "torchdistill>=1.1.5,<2", "matplotlib")  # to compare with, and to draw
     chosen, *arguments = session.posargs or ["all"]
-    every = ("loop", "hints", "losses", "contrast", "relations")
+    every = ("loop", "hints", "losses", "contrast", "relations", "vocabulary", "methods")
     for name in every if chosen == "all" else (chosen,):
         session.run("python", f"benchmarks/{name}.py", *arguments)
 

@@ -14,6 +14,9 @@ import yaml
 import distill
 from distill import distributed
 from distill.data.batch import Batch
+from distill.data.loader import training_batches
+from distill.data.plan import Plan
+from distill.data.source import Source
 from distill.registry import SINGULAR, Entry, Registry
 from distill.training.build import Builder
 from distill.training.loop import Loop
@@ -38,6 +41,45 @@ def by_distill(
         stack: what holds for as long as the function is used.
         datasets: name -> factory, beside what is installed.
     """
+    run = _opened(described, folder, datasets)
+    loop, _, _ = last_loop(run, stack)
+
+    def train(batches: list[Batch]) -> None:
+        _train(loop, batches)
+
+    return train
+
+
+def epochs_by_distill(
+    described: Mapping[str, Any], folder: Path, stack: ExitStack
+) -> tuple[Callable[[], None], int]:
+    """Return a function that trains the last stage of an experiment for an epoch, and its steps.
+
+    Stages before it are put together, not trained. Batches are read once, ahead.
+    """
+    run = _opened(described, folder, MappingProxyType({}))
+    loop, source, plan = last_loop(run, stack)
+    batches = list(training_batches(source, plan, seed=0, epoch=0))
+    return lambda: _train(loop, batches), plan.steps
+
+
+def last_loop(run: SeedRun, stack: ExitStack) -> tuple[Loop, Source, Plan]:
+    """Return the loop of a run's last stage, and its data."""
+    stages = run.builder.experiment.stages
+    for stage in stages[:-1]:
+        with ExitStack() as passing:
+            prepare(run, stage, passing)
+    prepared = prepare(run, stages[-1], stack)
+    assembly = prepared.assembly
+    assert assembly.distiller is not None
+    optimization = build_optimization(run.builder, stages[-1], assembly.trained(), run.device)
+    loop = Loop(assembly.distiller, optimization, run.device, seed=0, stage=stages[-1].name)
+    return loop, prepared.source, prepared.plan
+
+
+def _opened(
+    described: Mapping[str, Any], folder: Path, datasets: Mapping[str, Callable[..., Any]]
+) -> SeedRun:
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(dict(described)))
     experiment = distill.load(file)
@@ -48,16 +90,10 @@ def by_distill(
     device = distributed.device(experiment.device)
     models = {name: builder.model(name, 0) for name in experiment.models}
     sources = {name: builder.source(name) for name in experiment.datasets}
-    run = SeedRun(builder, 0, device, folder, lambda *_: None, models, sources)
-    (stage,) = experiment.stages
-    assembly = prepare(run, stage, stack).assembly
-    assert assembly.distiller is not None
-    optimization = build_optimization(builder, stage, assembly.trained(), device)
-    loop = Loop(assembly.distiller, optimization, device, seed=0, stage=stage.name)
+    return SeedRun(builder, 0, device, folder, lambda *_: None, models, sources)
 
-    def train(batches: list[Batch]) -> None:
-        loop.epoch(iter(batches))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    return train
+def _train(loop: Loop, batches: list[Batch]) -> None:
+    loop.epoch(iter(batches))
+    if loop.device.type == "cuda":
+        torch.cuda.synchronize(loop.device)
