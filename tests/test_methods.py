@@ -1,4 +1,4 @@
-"""Every method on features or relations trains, goes on where it stopped, and over two processes.
+"""Every method trains, goes on where it stopped, and over two processes.
 
 Each of its examples is run for one or two epochs a stage on a few digits.
 """
@@ -30,7 +30,7 @@ TEACHER = PLUGINS / "distill-fitnet/examples/digits-teacher.yaml"
 """What those without a teacher of their own take theirs from."""
 EXAMPLES = sorted(
     file
-    for plugin in ("distill-crd", "distill-fitnet", "distill-relational")
+    for plugin in ("distill-crd", "distill-fitnet", "distill-kd", "distill-relational")
     for file in (PLUGINS / plugin / "examples").glob("digits-*.yaml")
     if file != TEACHER
 )

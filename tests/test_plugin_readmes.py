@@ -116,7 +116,10 @@ def whole(fragment: dict[str, Any]) -> dict[str, Any]:
 
 def with_defaults(stage: dict[str, Any]) -> dict[str, Any]:
     """Return a stage with what it needs besides."""
-    return {**STAGE, **stage, "data": {**STAGE["data"], **stage.get("data", {})}}
+    given = {**STAGE, **stage, "data": {**STAGE["data"], **stage.get("data", {})}}
+    if "teachers" in stage:
+        del given["teacher"]
+    return given
 
 
 def _make_files_of(readme: Path) -> None:

@@ -32,6 +32,7 @@ EXPERIMENT: dict[str, Any] = {
     "models": {
         "wide": {"type": "ToyConvNet", "params": {"width": 6}},
         "thin": {"type": "ToyConvNet", "params": {"width": 4}},
+        "mate": {"type": "ToyConvNet", "params": {"width": 6}, "seed": 1},
     },
     "stages": [
         {
@@ -46,7 +47,15 @@ EXPERIMENT: dict[str, Any] = {
                 "batch_transforms": ["RollMix", "SmoothLabelsOfThree"],
             },
             "student": {"model": "wide"},
-            "criterion": {"ce": {"type": "CrossEntropyLoss"}},
+            "auxiliary": {"peer": {"model": "mate", "inputs": {"inputs": "inputs"}}},
+            "criterion": {
+                "ce": {"type": "CrossEntropyLoss"},
+                "peer_ce": {"type": "CrossEntropyLoss", "inputs": {"student": "peer"}},
+                "alike": {
+                    "type": "MSELoss",
+                    "inputs": {"input": "student.conv", "target": "peer.conv"},
+                },
+            },
             "optimizer": {
                 # Not Adam, which blows the rounding of a bias before BatchNorm up to full steps.
                 "type": "SGD",

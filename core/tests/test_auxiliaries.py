@@ -51,8 +51,8 @@ def texts(module):
 
 
 ONE_OF = (
-    "give one of 'type', for a new module, 'module', for one of a model's, and 'reuse', for one of "
-    "a stage before"
+    "give one of 'type', for a new module, 'module', for one of a model's, 'model', for a model "
+    "that trains beside the student, and 'reuse', for one of a stage before"
 )
 
 

@@ -64,3 +64,54 @@ def test_a_later_override_builds_on_an_earlier_one_that_it_inherits() -> None:
 def test_seeds_take_the_place_of_a_seed_and_the_other_way_round() -> None:
     assert "seed" not in override_experiment(parse("seed: 1"), ["seeds=[1, 2]"]).data
     assert "seeds" not in override_experiment(parse("seeds: [1, 2]"), ["seed=3"]).data
+
+
+TERMS = """
+datasets: {x: {type: D}, y: {type: D}}
+stages:
+  - name: one
+    teachers: {a: {model: big}, b: {model: small}}
+    criterion: {ce: {type: C}, kd: {type: K}}
+    auxiliary: {neck: {type: N}}
+    scheduler: {type: S}
+  - name: two
+"""
+
+
+def test_null_takes_an_inherited_term_out() -> None:
+    changed = override_experiment(parse(TERMS), ["stages.two.criterion.kd=null"])
+    one, two = changed.data["stages"]
+    assert two["criterion"] == {"ce": {"type": "C"}}
+    assert set(one["criterion"]) == {"ce", "kd"}
+    assert not any(path[:4] == ("stages", 1, "criterion", "kd") for path in changed.locations)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "section", "left"),
+    [
+        ("stages[0].criterion.ce=null", "criterion", {"kd"}),
+        ("stages.one.auxiliary.neck=null", "auxiliary", set()),
+        ("stages.one.teachers.b = null", "teachers", {"a"}),
+    ],
+)
+def test_null_takes_an_entry_of_a_stage_out(assignment: str, section: str, left: set[str]) -> None:
+    changed = override_experiment(parse(TERMS), [assignment])
+    assert set(changed.data["stages"][0][section]) == left
+
+
+def test_null_takes_a_data_set_out() -> None:
+    assert set(override_experiment(parse(TERMS), ["datasets.y=null"]).data["datasets"]) == {"x"}
+
+
+@pytest.mark.parametrize("text", ["stages.one.scheduler=null", "stages.one.criterion=null"])
+def test_null_stays_a_value_elsewhere(text: str) -> None:
+    changed = override_experiment(parse(TERMS), [text])
+    assert changed.data["stages"][0][text.split(".")[2].partition("=")[0]] is None
+
+
+def test_an_entry_that_is_not_there_cannot_be_taken_out() -> None:
+    with pytest.raises(ConfigError) as caught:
+        override_experiment(parse(TERMS), ["stages.two.criterion.kdd=null"])
+    (fault,) = caught.value.faults
+    assert fault.path == "stages.two.criterion.kdd"
+    assert fault.message.endswith("there is no 'kdd' here; did you mean kd?")

@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from distill import ConfigError, DataError
+from distill import ConfigError, DataError, Views
+from distill.builtin.accuracy import accuracy
 from distill.data.loader import sample_batch, training_batches
 from distill.data.plan import Plan
-from distill.testing import ToyConvNet, ToyMLP, toy_experiment, toy_registry
+from distill.runner import check
+from distill.testing import ToyConvNet, ToyData, ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.parts import Parts as StageParts
 from distill.training.rehearsal import rehearse, rehearse_measuring
@@ -333,8 +335,30 @@ def measured(folder, stage, roles, name="val", **keys):
     source = builder.source(name)
     batch = sample_batch(source, 2, 0)
     with roles_in_force(assembly):
-        rehearse_measuring(builder, assembly, source, batch, roles)
+        metrics = {"accuracy": accuracy()}
+        rehearse_measuring(builder, assembly, source, batch, roles, metrics, ("stages", 0))
         assert assembly.roles["student"].training
+
+
+class Doubled(ToyData):
+    """Each input twice, as a wrapper for training gives them."""
+
+    def __getitem__(self, index):
+        points, label = super().__getitem__(index)
+        return Views((points, points)), label
+
+
+def test_a_metric_that_fails_on_the_data_is_told_before_anything_trains(tmp_path):
+    registry = toy_registry(datasets={"Doubled": Doubled})
+    datasets = {"train": {"type": "ToyData"}, "val": {"type": "Doubled"}}
+    experiment = toy_experiment(tmp_path, {}, datasets=datasets)
+    with pytest.raises(ConfigError) as caught:
+        check(experiment, registry, data=True)
+    (fault,) = caught.value.faults
+    assert fault.path == "stages.stage0.data.validate"
+    assert fault.location.line
+    assert fault.message.startswith("'accuracy' cannot be measured on data set 'val': ")
+    assert "labels of shape (4,)" in fault.message
 
 
 def test_data_to_measure_on_are_run_through_the_models(tmp_path):

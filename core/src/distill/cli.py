@@ -13,6 +13,8 @@ import click
 from distill.cli_errors import Group
 from distill.cli_options import plugin_option, remote_code_option, set_option
 from distill.cli_plugins import cat, cp, ls, plugins
+from distill.config.controlled import ALL
+from distill.config.experiment import CONTROLS
 from distill.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +50,14 @@ for command in (plugins, ls, cat, cp):
     help="Linear scaling rule: multiply every learning rate by a stage's samples a step "
     "(batch_size x accumulate) over SAMPLES, the number that the file's rates are meant for.",
 )
+@click.option(
+    "--control",
+    "controls",
+    multiple=True,
+    type=click.Choice([*CONTROLS, ALL]),
+    help="Run it again with this in the teachers' place and compare: is the gain their knowledge? "
+    "May be given several times.",
+)
 @click.option("--runs", default="runs", show_default=True, help="Folder the run's folder goes to.")
 @click.option(
     "--processes",
@@ -61,6 +71,7 @@ def run(
     plugin_files: Sequence[Path],
     allow_remote_code: bool,
     scale_lr: int | None,
+    controls: Sequence[str],
     runs: str,
     processes: int | None,
 ) -> None:
@@ -80,11 +91,13 @@ def run(
         from distill.launcher import launch
         from distill.runner import check_to_run
 
-        check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
+        allowed = {"allow_remote_code": allow_remote_code}
+        check_to_run(experiment, registry, controls=controls, **allowed)
         sys.exit(launch(processes, _without_processes(sys.argv[1:])))
     from distill.runner import run as run_experiment
 
-    run_experiment(experiment, registry=registry, runs=runs, allow_remote_code=allow_remote_code)
+    allowed = {"allow_remote_code": allow_remote_code}
+    run_experiment(experiment, registry=registry, runs=runs, controls=controls, **allowed)
 
 
 @main.command()

@@ -152,7 +152,12 @@ def distill_metrics() -> Components:  # type: ignore[empty-body]
 
 @hookspec
 def distill_optimizers() -> Components:  # type: ignore[empty-body]
-    """Optimizers: ``(params, **params) -> torch.optim.Optimizer``."""
+    """Optimizers: ``(params, **params) -> torch.optim.Optimizer``.
+
+    One whose class has ``takes_apart``, the name of its parameter that lists terms, finds their
+    gradient in ``gradients_apart`` (parameter -> gradient) before each ``step``, and the others' in
+    ``parameter.grad``.
+    """
 
 
 @hookspec

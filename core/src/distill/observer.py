@@ -27,6 +27,7 @@ class RunStart:
     Attributes:
         resumed: seed -> where it goes on; what was recorded behind that place is void.
         files: name -> text of the experiment as given and as resolved.
+        taken: stages whose outcome is taken from a run before, in place of training them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RunStart:
     environment: Mapping[str, Any]
     files: Mapping[str, str]
     resumed: Mapping[int, Position] = field(default_factory=dict)
+    taken: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,35 @@ class StageStart:
 
 
 @dataclass(frozen=True)
+class TermGradients:
+    """What each term of a criterion pulls the student with, measured on one batch.
+
+    Attributes:
+        at: the values of the student that the gradients are taken with respect to.
+        values: each term, unweighted.
+        weights: its factor in the total.
+        norms: of the gradient of weight times term, for terms that depend on those values.
+        shares: each norm over the sum of norms.
+        cosines: ``a.b`` -> cosine of the gradients of ``a`` and ``b``, unless one of them is 0.
+        warnings: what a person should change, told once a stage and term.
+    """
+
+    at: Sequence[str]
+    values: Numbers
+    weights: Numbers
+    norms: Numbers
+    shares: Numbers
+    cosines: Numbers
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class StepEnd:
     """A log line: mean losses since the last one, and speed.
 
     Attributes:
         weights: of the terms, where they change over the stage.
+        term_gradients: of the step's last batch, where the stage measures them.
     """
 
     position: Position
@@ -70,6 +96,7 @@ class StepEnd:
     samples_per_second: float
     seconds_left: float
     weights: Numbers = field(default_factory=dict)
+    term_gradients: TermGradients | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +179,23 @@ class RunEnd:
     measured_on: str
 
 
+@dataclass(frozen=True)
+class ControlsEnd:
+    """A run is complete, and so is the same run with each control in its teachers' place.
+
+    Attributes:
+        table: what each stage reaches with its teachers and with each control, in Markdown.
+        measured_on: what its numbers are measured on, in words.
+        reading: how to read it.
+        directories: of the runs with controls, by control.
+    """
+
+    table: str
+    measured_on: str
+    reading: str
+    directories: Mapping[str, Path]
+
+
 class Observer:
     """Is told of a run as it goes, on the main process only; override what you need."""
 
@@ -175,6 +219,9 @@ class Observer:
 
     def run_end(self, event: RunEnd) -> None:
         """The run is complete."""
+
+    def controls_end(self, event: ControlsEnd) -> None:
+        """After the run, it has been run with controls too."""
 
     def close(self) -> None:
         """The run is over, complete or not; release files."""

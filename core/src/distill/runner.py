@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from distill import distributed
-from distill.config.experiment import Experiment
+from distill.config.controlled import stages_that_differ
+from distill.config.experiment import Control, Experiment
+from distill.control_runs import control_experiments
 from distill.data.source import Source
 from distill.environment import describe_environment
 from distill.errors import ConfigError, DistillError, UsageError, did_you_mean
-from distill.observer import Observer, Position, RunEnd, RunStart, StageResult
+from distill.observer import ControlsEnd, Observer, Position, RunEnd, RunStart, StageResult
 from distill.plugins import plugins
 from distill.reference import STUDENT
 from distill.registry import Registry
 from distill.run_directory import GIVEN, RESOLVED, open_run, resolved_text, seed_directory
-from distill.summary import measured_on, summary_table
+from distill.summary import READING, control_table, measured_on, summary_table
 from distill.trained import Choice, find_stage, trained_model
 from distill.training.around import special_module
 from distill.training.build import Builder
@@ -34,6 +37,7 @@ from distill.training.evaluation import evaluate as measure
 from distill.training.measuring import evaluating
 from distill.training.prepared import prepare
 from distill.training.rehearsal import rehearse_measuring
+from distill.training.reuse import Origin, can_be_taken
 from distill.training.seed_run import SeedRun, Tell
 from distill.training.trainer import train_stage
 
@@ -46,6 +50,8 @@ class Result:
         stages: one result for each stage of each seed.
         table: the summary in Markdown.
         allow_remote_code: whether models may run code from elsewhere when they are built again.
+        controls: what the run came to with a control in its teachers' place, by control.
+        comparison: the controls' table in Markdown, empty without any.
     """
 
     experiment: Experiment
@@ -54,6 +60,8 @@ class Result:
     stages: Sequence[StageResult]
     table: str
     allow_remote_code: bool = False
+    controls: Mapping[str, Result] = field(default_factory=dict)
+    comparison: str = ""
 
     def student(
         self, stage: str | None = None, seed: int | None = None, weights: str | None = None
@@ -102,17 +110,29 @@ def check(
         raise ConfigError(faults)
 
 
-def check_to_run(experiment: Experiment, registry: Registry, *, allow_remote_code: bool) -> None:
+def check_to_run(
+    experiment: Experiment,
+    registry: Registry,
+    *,
+    allow_remote_code: bool,
+    controls: Iterable[str] = (),
+) -> dict[Control, Experiment]:
     """Check as ``check`` does; code from elsewhere that is not allowed is a fault too.
+
+    Returns:
+        The experiment with each control, as ``control_experiments`` does.
 
     Raises:
         ConfigError: with every fault of the file.
+        UsageError: if there is no such control.
     """
     faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
     if not allow_remote_code:
         faults += refusals(experiment, registry)
     if faults:
         raise ConfigError(faults)
+    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
+    return control_experiments(builder, controls)
 
 
 def run(
@@ -121,6 +141,7 @@ def run(
     registry: Registry | None = None,
     runs: str | os.PathLike[str] = "runs",
     allow_remote_code: bool = False,
+    controls: Iterable[str] = (),
 ) -> Result:
     """Run every stage for every seed, or what of it a stopped run has left to do.
 
@@ -129,31 +150,101 @@ def run(
         registry: what ``plugins`` returns; by default everything installed.
         runs: the folder in which the run's own folder ``<name>`` is made.
         allow_remote_code: whether components may fetch code from elsewhere and run it.
+        controls: what to put in the teachers' place in further runs, in folders in the run's own.
 
     Raises:
         DistillError: with a message for the user.
     """
     registry = registry or plugins()
-    check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
-    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
+    allowed = {"allow_remote_code": allow_remote_code}
+    given = check_to_run(experiment, registry, controls=controls, **allowed)
+    builder = Builder(experiment, registry, **allowed)
+    others = {name: Builder(other, registry, **allowed) for name, other in given.items()}
     device = _device(experiment)
     distributed.join(device)
-    with open_run(Path(runs), experiment) as directory:
+    return _run(builder, Path(runs), device, {}, others)
+
+
+def _run(
+    builder: Builder,
+    runs: Path,
+    device: torch.device,
+    sources: dict[str, Source],
+    controls: Mapping[Control, Builder] = MappingProxyType({}),
+    compared_with: Result | None = None,
+) -> Result:
+    """Run an experiment in its folder, and then with controls in folders in there.
+
+    Args:
+        builder: of the experiment.
+        runs: the folder in which its own is made.
+        device: where it runs.
+        sources: opened data sets; if there are none, they are opened.
+        controls: builders of the same experiment with controls, by control.
+        compared_with: of what complete run this is the same with a control.
+    """
+    experiment = builder.experiment
+    with open_run(runs, experiment) as directory:
         states = _saved_states(experiment, directory)
-        sources: dict[str, Source] = {}
+        origin = None
         if not all(_is_complete(experiment, state) for state in states.values()):
-            sources = open_sources(builder)
-            rehearse_all(builder, sources, device)
+            origin = _origin(experiment, compared_with) if compared_with else None
+            sources = sources or open_sources(builder)
+            for each in (builder, *controls.values()):
+                rehearse_all(each, sources, device)
         with _observed(builder) as tell:
-            tell("run_start", _run_start(builder, directory, device, states))
+            tell("run_start", _run_start(builder, directory, device, states, origin))
             results: list[StageResult] = []
             for seed in experiment.seeds:
                 folder = seed_directory(directory, experiment, seed)
-                results += _run_seed(builder, seed, device, folder, tell, sources, states[seed])
+                state = states[seed]
+                results += _run_seed(builder, seed, device, folder, tell, sources, state, origin)
             table = summary_table(experiment, results, _no_fractions(builder))
             tell("run_end", RunEnd(results, table, measured_on(experiment)))
-    distributed.barrier()  # what the main process has written is there when any other goes on
-    return Result(experiment, registry, directory, results, table, allow_remote_code)
+            distributed.barrier()  # what the main process has written is there for all others
+            done = Result(
+                experiment, builder.registry, directory, results, table, builder.allow_remote_code
+            )
+            return _with_controls(done, builder, controls, device, sources, tell)
+
+
+def _with_controls(
+    done: Result,
+    builder: Builder,
+    controls: Mapping[Control, Builder],
+    device: torch.device,
+    sources: dict[str, Source],
+    tell: Tell,
+) -> Result:
+    """Run a complete run again with each control, and compare."""
+    if not controls:
+        return done
+    by_control: dict[str, Result] = {
+        name: _run(other, done.directory, device, sources, compared_with=done)
+        for name, other in controls.items()
+    }
+    table = control_table(
+        done.experiment,
+        done.stages,
+        {name: (result.experiment, result.stages) for name, result in by_control.items()},
+        _no_fractions(builder),
+    )
+    directories = {name: result.directory for name, result in by_control.items()}
+    tell("controls_end", ControlsEnd(table, measured_on(done.experiment), READING, directories))
+    distributed.barrier()
+    return replace(done, controls=by_control, comparison=table)
+
+
+def _origin(experiment: Experiment, complete: Result) -> Origin:
+    """Return what a run with a control takes over from the run without."""
+    seeds, given = experiment.seeds, complete.experiment
+    folders = {seed: seed_directory(complete.directory, given, seed) for seed in seeds}
+    stages: list[str] = []
+    if distributed.is_main():
+        differing = stages_that_differ(given, experiment)
+        kept = can_be_taken(given, _states_on_disk(given, complete.directory), folders)
+        stages = [name for name in kept if name not in differing]
+    return Origin(folders, complete.stages, distributed.from_main(stages))
 
 
 def evaluate(
@@ -228,11 +319,18 @@ def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.
     for stage in experiment.stages:
         with ExitStack() as stack:
             assembly = prepare(run, stage, stack).assembly
-            measured = [(name, list(assembly.roles)) for name in stage.data.validate]
-            measured += [(experiment.test.dataset, ["student"])] if experiment.test else []
-            for name, roles in measured:
+            peers = list(stage.measured_peers)
+            place = stage.places.get("data.validate", stage.path)
+            roles, entries = [*assembly.roles, *peers], stage.metrics
+            measured = [(name, roles, entries, place) for name in stage.data.validate]
+            if experiment.test is not None:
+                test = experiment.test
+                place = (*test.path, "dataset")
+                measured.append((test.dataset, [STUDENT, *peers], test.metrics, place))
+            for name, roles, entries, place in measured:
                 batch = run.first_measured(stage, sources[name], run.place(stage))
-                rehearse_measuring(builder, assembly, sources[name], batch, roles)
+                metrics = run.metrics(entries, stage.teachers)
+                rehearse_measuring(builder, assembly, sources[name], batch, roles, metrics, place)
 
 
 def _run_seed(
@@ -243,6 +341,7 @@ def _run_seed(
     tell: Tell,
     sources: dict[str, Source],
     state: Mapping[str, Any] | None,
+    origin: Origin | None,
 ) -> list[StageResult]:
     if _is_complete(builder.experiment, state):
         return _results(state)
@@ -257,24 +356,31 @@ def _run_seed(
             run.models[name].load_state_dict(weights)
     for number in range(first, len(builder.experiment.stages)):
         resumed = state if state is not None and number == first and state["epoch"] else None
-        train_stage(run, number, resumed)
+        if origin is not None and builder.experiment.stages[number].name in origin.stages:
+            origin.take(run, number)
+        else:
+            train_stage(run, number, resumed)
     return run.results
 
 
 def _models(builder: Builder, seed: int) -> dict[str, nn.Module]:
     stages = builder.experiment.stages
-    used = [role.model for stage in stages for role in stage.roles.values()]
+    used = [name for stage in stages for name in stage.models]
     return {name: builder.model(name, seed) for name in dict.fromkeys(used)}
 
 
 def _saved_states(experiment: Experiment, directory: Path) -> dict[int, Mapping[str, Any] | None]:
     """Return each seed's checkpoint, read by the main process for all."""
-    states: dict[int, Mapping[str, Any] | None] = {}
-    if distributed.is_main():
-        for seed in experiment.seeds:
-            file = seed_directory(directory, experiment, seed) / "checkpoint.pt"
-            states[seed] = load_state(file) if file.exists() else None
+    states = _states_on_disk(experiment, directory) if distributed.is_main() else {}
     return distributed.from_main(states)  # type: ignore[no-any-return]
+
+
+def _states_on_disk(experiment: Experiment, directory: Path) -> dict[int, Mapping[str, Any] | None]:
+    states: dict[int, Mapping[str, Any] | None] = {}
+    for seed in experiment.seeds:
+        file = seed_directory(directory, experiment, seed) / "checkpoint.pt"
+        states[seed] = load_state(file) if file.exists() else None
+    return states
 
 
 def _is_complete(experiment: Experiment, state: Mapping[str, Any] | None) -> bool:
@@ -322,6 +428,7 @@ def _run_start(
     directory: Path,
     device: torch.device,
     states: Mapping[int, Mapping[str, Any] | None],
+    origin: Origin | None,
 ) -> RunStart:
     experiment = builder.experiment
     return RunStart(
@@ -336,4 +443,5 @@ def _run_start(
             for seed, state in states.items()
             if state is not None
         },
+        taken=origin.stages if origin is not None else (),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import mean, stdev
 
+from distill.config.controlled import stages_that_differ
 from distill.config.experiment import Experiment, Stage
 from distill.observer import Numbers, StageResult
 
@@ -31,11 +32,63 @@ def summary_table(
     header += [f"gain over {baseline}"] if baseline and metrics else []
     rows = [header]
     for stage in experiment.stages:
-        own = [result for result in results if result.stage == stage.name]
+        own = _of(stage.name, results)
         if own:
             compared = _is_compared(experiment, stage)
             rows.append(_row(own, show, baseline, results, compared))
     return _markdown(rows)
+
+
+READING = (
+    "With a control, all is as with the teacher but for what it knows. Where a control gains as "
+    "much as the method, that knowledge did not make the gain; it can have made no more than what "
+    "the method is ahead by."
+)
+
+
+def control_table(
+    experiment: Experiment,
+    results: Sequence[StageResult],
+    controls: Mapping[str, tuple[Experiment, Sequence[StageResult]]],
+    no_fractions: Collection[str] = (),
+) -> str:
+    """Return what stages reach as they are and with controls, as a Markdown table.
+
+    One row for each stage as it is that some control makes a difference to, and one for each such
+    control. The gain of both is over the baseline stage of the experiment as it is; how far the
+    method is ahead is the mean over seeds of the difference with the same seed.
+
+    Args:
+        experiment: the description.
+        results: of every stage and seed.
+        controls: the description and the results with each control, by its name.
+        no_fractions: metrics that are not to be shown in percent.
+    """
+    metric = next((name for r in results for name in _numbers(r) if "/" not in name), None)
+    if metric is None:
+        return "nothing is measured, so there is nothing to compare"
+    text = _plain if _is_one_of(metric, no_fractions) else _percent
+    baseline = experiment.test.baseline if experiment.test else None
+    gain = [f"gain over {baseline}"] if baseline is not None else []
+    rows = [["stage", "teachers", metric, *gain, "method ahead by"]]
+    for stage in experiment.stages:
+        base = _of(baseline, results) if _is_compared(experiment, stage) else []
+        own = _of(stage.name, results)
+        given = {
+            name: _of(stage.name, runs)
+            for name, (other, runs) in controls.items()
+            if stage.name in stages_that_differ(experiment, other)
+        }
+        for name, those in {"as in the file": own, **given}.items() if given else ():
+            reached = text([_numbers(r)[metric] for r in those if metric in _numbers(r)])
+            gained = [text(_differences(those, metric, base), sign="+")] if gain else []
+            ahead = "" if those is own else text(_differences(own, metric, those), sign="+")
+            rows.append([stage.name, name, reached, *gained, ahead])
+    return _markdown(rows)
+
+
+def _of(stage: str | None, results: Sequence[StageResult]) -> list[StageResult]:
+    return [result for result in results if result.stage == stage]
 
 
 def measured_on(experiment: Experiment) -> str:
@@ -68,14 +121,16 @@ def _row(
     row += [text([_numbers(r)[m] for r in own if m in _numbers(r)]) for m, text in show.items()]
     if baseline and show:
         metric, text = next(iter(show.items()))
-        row.append(text(_gains(own, metric, baseline, results), sign="+") if is_compared else "")
+        base = _of(baseline, results)
+        row.append(text(_differences(own, metric, base), sign="+") if is_compared else "")
     return row
 
 
-def _gains(
-    own: Sequence[StageResult], metric: str, baseline: str, results: Sequence[StageResult]
+def _differences(
+    own: Sequence[StageResult], metric: str, others: Sequence[StageResult]
 ) -> list[float]:
-    base = {r.seed: _numbers(r) for r in results if r.stage == baseline}
+    """Return by how much each result is above the other one of the same seed."""
+    base = {r.seed: _numbers(r) for r in others}
     return [
         _numbers(result)[metric] - base[result.seed][metric]
         for result in own

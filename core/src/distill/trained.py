@@ -12,7 +12,7 @@ from distill.errors import StorageError, UsageError, did_you_mean
 from distill.registry import Registry
 from distill.run_directory import seed_directory
 from distill.training.build import Builder
-from distill.training.checkpoint import load_weights
+from distill.training.checkpoint import load_weights, peer_file
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Choice:
     """Which model is meant.
 
     Attributes:
-        model: ``student``, a teacher's name in the stage, or a model's name in the file.
+        model: ``student``, a teacher's or a peer's name in the stage, or a model's name in the
+            file.
         stage: by default the last.
         seed: by default the first.
         weights: ``last``, ``best`` or ``ema``, of what the run trained; by default what the stage
@@ -82,16 +83,16 @@ def trained_model(
         origin = experiment.models[name].checkpoint
         return model, f"model {name} ({origin or 'as the file builds it, not trained here'})"
     folder = seed_directory(directory, experiment, seed) / trained[-1].name
-    weights = choice.weights or trained[-1].keep
+    weights, file = _file(trained[-1], name, choice.weights)
     try:
-        load_weights(model, folder / f"{weights}.safetensors")
+        load_weights(model, folder / f"{file}.safetensors")
     except ValueError as error:
         raise StorageError(f"the run has no weights of '{name}': {error}") from error
     return model, f"model {name}, {weights} of stage {trained[-1].name}, seed {seed}"
 
 
 def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
-    roles = {role: entry.model for role, entry in stage.roles.items()}
+    roles = {role: entry.model for role, entry in stage.roles.items()} | stage.peers
     if name in roles:
         return roles[name]
     if name not in experiment.models:
@@ -101,9 +102,21 @@ def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
 
 
 def _stages_that_train(experiment: Experiment, last: Stage, model: str) -> list[Stage]:
-    """Return the stages up to ``last`` whose student is ``model``."""
+    """Return the stages up to ``last`` whose student, or a peer of it, is ``model``."""
     upto = experiment.stages[: experiment.stages.index(last) + 1]
-    return [stage for stage in upto if stage.student.model == model]
+    return [stage for stage in upto if model in (stage.student.model, *stage.peers.values())]
+
+
+def _file(stage: Stage, model: str, weights: str | None) -> tuple[str, str]:
+    """Return which weights of a model that the stage trained are meant, and their file's name."""
+    if stage.student.model == model:
+        return weights or stage.keep, weights or stage.keep
+    if weights not in (None, "last"):
+        raise UsageError(
+            f"stage '{stage.name}' trained '{model}' beside its student; of such a model there are "
+            f"only the last weights, not '{weights}'"
+        )
+    return "last", peer_file(model)
 
 
 def _unknown(what: str, name: str, known: object, experiment: Experiment) -> str:

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import TextIO
 
 from distill import (
+    ControlsEnd,
     EpochEnd,
     EvaluationEnd,
     Observer,
@@ -54,6 +55,10 @@ class Console(Observer):
             )
             self._line(f"seed {seed} {where}")
 
+        if event.taken:
+            stages = f"stage{'s' if event.taken[1:] else ''} {', '.join(event.taken)}"
+            self._line(f"{stages}: the same as without the control, not trained again")
+
     def stage_start(self, event: StageStart) -> None:
         """Name the stage, its student and its teachers."""
         seed = f"seed {event.position.seed}, " if self._seeds > 1 else ""
@@ -71,11 +76,14 @@ class Console(Observer):
 
     def step_end(self, event: StepEnd) -> None:
         """Show losses, speed and remaining time."""
+        measured = event.term_gradients
+        for warning in measured.warnings if measured is not None else ():
+            self._line(f"  warning: {warning}")
         done = event.position.step - event.position.epoch * event.steps
         text = (
             f"  epoch {event.position.epoch + 1}/{event.epochs} step {done}/{event.steps}  "
-            f"{_losses(event.losses)}  {event.samples_per_second:,.0f} samples/s  "
-            f"{_duration(event.seconds_left)} left"
+            f"{_losses(event.losses)}{_shares(measured.shares if measured else {})}  "
+            f"{event.samples_per_second:,.0f} samples/s  {_duration(event.seconds_left)} left"
         )
         if self._moving:
             text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot move
@@ -118,6 +126,10 @@ class Console(Observer):
         """Show the table."""
         self._line(f"\n{event.table}\n({event.measured_on})")
 
+    def controls_end(self, event: ControlsEnd) -> None:
+        """Show what the method gains beside what the controls gain."""
+        self._line(f"\n{event.table}\n({event.measured_on})\n{event.reading}")
+
     def close(self) -> None:
         """Leave the cursor on a line of its own."""
         if self._width:
@@ -135,6 +147,12 @@ def _losses(losses: Mapping[str, float]) -> str:
     if len(losses) == 2:  # one term: the total says nothing more
         losses = {name: loss for name, loss in losses.items() if name != "total"}
     return " ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    """Return what part of the gradient each term has."""
+    parts = " ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return f"  gradient: {parts}" if parts else ""
 
 
 def _after(metrics: Mapping[str, float], apart: str = "  ") -> str:

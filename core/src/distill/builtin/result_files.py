@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import (
+    ControlsEnd,
     EpochEnd,
     EvaluationEnd,
     Observer,
@@ -51,6 +52,7 @@ class ResultFiles(Observer):
             lr=event.lr,
             samples_per_second=event.samples_per_second,
             weights=event.weights,
+            **({"term_gradients": vars(event.term_gradients)} if event.term_gradients else {}),
         )
 
     def evaluation_end(self, event: EvaluationEnd) -> None:
@@ -83,9 +85,15 @@ class ResultFiles(Observer):
 
     def run_end(self, event: RunEnd) -> None:
         """Write results and report."""
+        self._end = event
         results = [vars(result) for result in event.results]
         _write_json(self._start.directory / RESULTS, results)
         report = _report(self._start, event, self._sessions)
+        _write(self._start.directory / REPORT, report)
+
+    def controls_end(self, event: ControlsEnd) -> None:
+        """Write the report again, with the comparison."""
+        report = _report(self._start, self._end, self._sessions, event)
         _write(self._start.directory / REPORT, report)
 
     def close(self) -> None:
@@ -144,24 +152,41 @@ def _write(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def _report(start: RunStart, end: RunEnd, sessions: list[dict[str, Any]]) -> str:
+def _report(
+    start: RunStart,
+    end: RunEnd,
+    sessions: list[dict[str, Any]],
+    controls: ControlsEnd | None = None,
+) -> str:
     environment = sessions[-1]
     folder = start.directory
-    students = sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors"))
+    inner = {file.parent for file in folder.glob("*/resolved.yaml")}  # runs with controls
+    files = [file for file in folder.rglob("*.safetensors") if inner.isdisjoint(file.parents)]
+    students = sorted(file.relative_to(folder) for file in files)
     packages = {**environment["packages"]}
     packages.update({p["distribution"]: p["version"] for p in environment["plugins"]})
     sections = [
         f"# {start.name}",
         f"## Results\n\n{end.table}\n\nMeasured {end.measured_on}.",
+        *([_comparison(folder, controls)] if controls is not None else []),
         "## Training\n\n" + _code("\n".join(_command(session) for session in sessions)),
         "## Evaluation\n\n" + _code(_evaluation(folder, environment["command"])),
-        "## Trained students\n\nThe student alone, for `load_state_dict(strict=True)`:\n\n"
+        "## Trained students\n\nEach model alone, for `load_state_dict(strict=True)`:\n\n"
         + "\n".join(f"- `{file}`" for file in students),
         "## Dependencies\n\n" + _code("\n".join(f"{k}=={v}" for k, v in packages.items() if v)),
         "## Environment\n\n" + "\n".join(_facts(environment)),
         "## Experiment file\n\n" + _code(start.files["experiment.yaml"].rstrip(), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _comparison(folder: Path, controls: ControlsEnd) -> str:
+    runs = "\n".join(
+        f"- {name}: `{directory.relative_to(folder)}/report.md`"
+        for name, directory in controls.directories.items()
+    )
+    table = f"{controls.table}\n\nMeasured {controls.measured_on}. {controls.reading}"
+    return f"## Controls\n\n{table}\n\n{runs}"
 
 
 def _evaluation(folder: Path, command: list[str]) -> str:

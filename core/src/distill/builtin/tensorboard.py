@@ -11,7 +11,11 @@ from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StepEnd
 
 
 class TensorBoard(Observer):
-    """Writes losses a log line, and losses and metrics an epoch, under ``<run>/tensorboard``."""
+    """Writes losses a log line, and losses and metrics an epoch, under ``<run>/tensorboard``.
+
+    With ``term_gradients``, over steps: ``gradient norm/<term>``, ``gradient share/<term>``,
+    ``gradient cosine/<term>.<term>``, ``term value/<term>`` and ``term weight/<term>``.
+    """
 
     def run_start(self, event: RunStart) -> None:
         """Remember where to write."""
@@ -26,6 +30,16 @@ class TensorBoard(Observer):
         speed = event.samples_per_second
         self._scalars(writer, "weight", event.weights, event.position.step)
         writer.add_scalar("speed/samples_per_second", speed, event.position.step)
+        measured = event.term_gradients
+        if measured is not None:
+            for group, values in (
+                ("gradient norm", measured.norms),
+                ("gradient share", measured.shares),
+                ("gradient cosine", measured.cosines),
+                ("term value", measured.values),
+                ("term weight", measured.weights),
+            ):
+                self._scalars(writer, group, values, event.position.step)
 
     def evaluation_end(self, event: EvaluationEnd) -> None:
         """Write a measurement in the middle of an epoch, over steps."""

@@ -1,4 +1,4 @@
-"""A stage's auxiliary modules: new ones, modules of models, and those of stages before."""
+"""A stage's auxiliary modules: new ones, modules of models, peers, and those of stages before."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from distill.config.yaml_document import Path
 from distill.errors import did_you_mean
 from distill.reference import each_reference
 
-KINDS = ("type", "module", "reuse")
+KINDS = ("type", "module", "model", "reuse")
 
 FROZEN_WITH_MODEL = "a model's module is frozen with its model, by 'freeze'"
+FROZEN_PEER = "a model that stays as it is teaches; write it under 'teacher' or 'teachers'"
 
 Auxiliaries = Mapping[str, Auxiliary]
 
@@ -56,14 +57,16 @@ def _check_kind(resolver: Resolver, given: Mapping[str, Any], place: Path) -> No
     kinds = [kind for kind in KINDS if kind in given]
     if len(kinds) > 1 or not (kinds or any(resolver.gaps.explain(place, kind) for kind in KINDS)):
         message = (
-            "give one of 'type', for a new module, 'module', for one of a model's, and 'reuse', "
-            "for one of a stage before"
+            "give one of 'type', for a new module, 'module', for one of a model's, 'model', for a "
+            "model that trains beside the student, and 'reuse', for one of a stage before"
         )
         resolver.fault(place, message)
     if "params" in given and kinds and "type" not in given:
         resolver.fault((*place, "params"), f"'{kinds[0]}' takes no params; they belong to 'type'")
     if "frozen" in given and "module" in given:
         resolver.fault((*place, "frozen"), FROZEN_WITH_MODEL)
+    if "frozen" in given and "model" in given:
+        resolver.fault((*place, "frozen"), FROZEN_PEER)
 
 
 def _check_new(resolver: Resolver, name: str, place: Path, known: Auxiliaries) -> None:
@@ -94,7 +97,10 @@ def _written(
     if "module" in given:
         module = resolver.reference((*place, "module"), given["module"])
     fed = inputs(resolver, given, place)
-    return Auxiliary(made, fed, module, origin, given.get("frozen", False))
+    if "model" in given:
+        resolver.known((*place, "model"), "model", given["model"], "models")
+    frozen = given.get("frozen", False)
+    return Auxiliary(made, fed, module, origin, frozen, given.get("model"))
 
 
 def _carried_on(
@@ -109,9 +115,12 @@ def _carried_on(
     first = known[name]
     if first.module is not None and "frozen" in given:
         resolver.fault((*place, "frozen"), FROZEN_WITH_MODEL)
+    if first.model is not None and "frozen" in given:
+        resolver.fault((*place, "frozen"), FROZEN_PEER)
     made = Component(first.component.type, first.component.params, place)
     fed = inputs(resolver, given, place) if "inputs" in given else first.inputs
-    return Auxiliary(made, fed, first.module, first.origin, given.get("frozen", False))
+    frozen = given.get("frozen", False)
+    return Auxiliary(made, fed, first.module, first.origin, frozen, first.model)
 
 
 def _in_order(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import ConfigError, Fault, did_you_mean
@@ -86,13 +86,30 @@ class Role:
     redesign: Component | None
     special: Component | None
 
+    @property
+    def instance(self) -> str:
+        """The name of what a run has in this role: the model's, unless a control replaces it."""
+        return self.model
+
+
+Control = Literal["label_smoothing", "random_teacher", "shuffled_classes"]
+"""What stands in a teacher's place, to show what a student would gain without its knowledge."""
+CONTROLS: tuple[Control, ...] = get_args(Control)
+RANDOM_TEACHER: Control = "random_teacher"
+
 
 @dataclass(frozen=True)
 class Teacher(Role):
-    """A model in the teacher's role."""
+    """A model in the teacher's role; ``control`` is what stands in its place there."""
 
     mode: Literal["eval", "train"]
     min_accuracy: float | None
+    control: Control | None = None
+
+    @property
+    def instance(self) -> str:
+        """As for every role; a random teacher stands beside the model of the file."""
+        return f"{self.model}@{self.control}" if self.control == RANDOM_TEACHER else self.model
 
 
 @dataclass(frozen=True)
@@ -116,11 +133,13 @@ class Auxiliary(Wired):
         module: a model's own module to call again instead of a new one, as ``teacher.fc``.
         origin: stage that made it, and the name it has there.
         frozen: whether it stays as it is, and in eval mode.
+        model: a model of the file, which is a peer of the student: trained beside it, and written.
     """
 
     module: Reference | None
     origin: tuple[str, str]
     frozen: bool
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -253,6 +272,7 @@ class Stage:
 
     Attributes:
         compile: roles whose model is compiled.
+        term_gradients: whether each term's gradient is measured with every log line.
         best_by: the metric that decides; ``None`` for the first one.
         origins: key -> stage that wrote it: modules of an inherited ``auxiliary`` or ``criterion``
             are those of that stage, with what they learned.
@@ -277,6 +297,7 @@ class Stage:
     ema: EMA | None
     parallel: Literal["ddp", "fsdp"]
     sync_batchnorm: bool
+    term_gradients: bool
     evaluate: Evaluate
     metrics: tuple[Metric, ...]
     best_by: str | None
@@ -288,6 +309,27 @@ class Stage:
     def roles(self) -> dict[str, Role]:
         """The models of the stage by role, the student first."""
         return {STUDENT: self.student, **self.teachers}
+
+    @property
+    def peers(self) -> dict[str, str]:
+        """The models that are trained beside the student, by the auxiliary module's name."""
+        return {
+            name: module.model
+            for name, module in self.auxiliary.items()
+            if module.model is not None
+        }
+
+    @property
+    def measured_peers(self) -> dict[str, str]:
+        """Those of them that take what the student takes, so that they can be measured likewise."""
+        fed = {n: [str(wires) for wires in self.auxiliary[n].inputs.values()] for n in self.peers}
+        return {name: model for name, model in self.peers.items() if fed[name] == ["inputs"]}
+
+    @property
+    def models(self) -> list[str]:
+        """The models that the stage runs, as ``Role.instance``, each one once, student first."""
+        named = [role.instance for role in self.roles.values()]
+        return list(dict.fromkeys([*named, *self.peers.values()]))
 
     @property
     def decisive(self) -> str | None:

@@ -22,6 +22,7 @@ STAGE_DEFAULTS: dict[str, Any] = {
     "ema": None,
     "parallel": "ddp",
     "sync_batchnorm": True,
+    "term_gradients": False,
     "evaluate": {"every": 1, "unit": "epochs"},
     "metrics": DEFAULT_METRICS,
     "best_by": None,

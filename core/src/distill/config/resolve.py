@@ -177,6 +177,7 @@ def _stage(resolver: Resolver, draft: StageDraft, modules: Auxiliaries) -> Stage
         ema=ema(draft),
         parallel=values["parallel"],
         sync_batchnorm=values["sync_batchnorm"],
+        term_gradients=values["term_gradients"],
         evaluate=Evaluate(**{**STAGE_DEFAULTS["evaluate"], **values["evaluate"]}),
         metrics=metrics(resolver, values["metrics"], places.get("metrics", ())),
         best_by=values["best_by"],
@@ -185,6 +186,7 @@ def _stage(resolver: Resolver, draft: StageDraft, modules: Auxiliaries) -> Stage
         places=places,
     )
     check_settings(resolver, draft, stage)
+    _check_peers(resolver, stage)
     _check_owners(resolver, draft, stage)
     return stage
 
@@ -200,6 +202,7 @@ def _teachers(resolver: Resolver, draft: StageDraft) -> dict[str, Teacher]:
             **around(given, path),
             mode=given.get("mode", "eval"),
             min_accuracy=given.get("min_accuracy"),
+            control=given.get("control"),
         )
         resolver.known((*path, "model"), "model", given["model"], "models")
         unmeasured = draft.values["data"].get("validate") is None
@@ -224,6 +227,25 @@ def _check_roles(
         if name in reference.RESERVED or name in teachers:
             path = (*draft.places["auxiliary"], name)
             resolver.fault(path, f"'{name}' already names another value of this stage")
+
+
+def _check_peers(resolver: Resolver, stage: Stage) -> None:
+    """Fault a model that trains beside the student and has another role in the stage too."""
+    roles = {role.model: f"the {name}" for name, role in stage.roles.items()}
+    for name, model in stage.peers.items():
+        place = stage.auxiliary[name].component.path
+        if model in roles:
+            message = (
+                f"'{model}' is {roles[model]} of stage '{stage.name}' already; define a second "
+                "model, or leave this one out of the stage's 'auxiliary'"
+            )
+            key = (*place, "model")
+            is_written = key in resolver.document.locations
+            resolver.fault(key if is_written else place, message)
+        roles.setdefault(model, f"the module '{name}'")
+        if name == "ema" or name in stage.data.validate[1:]:
+            message = "its measurements would be called as others are; give it another name"
+            resolver.fault(place, message)
 
 
 def _criterion(resolver: Resolver, draft: StageDraft) -> dict[str, Term]:

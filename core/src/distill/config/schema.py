@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jsonschema
 
+from distill.config.experiment import CONTROLS
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import Fault, did_you_mean
 from distill.signature import show
@@ -76,10 +77,20 @@ TEACHER = _mapping(
         **ROLE,
         "mode": {"enum": ["eval", "train"]},
         "min_accuracy": {"type": "number", "minimum": 0, "maximum": 1},
+        "control": {"enum": [*CONTROLS, None]},
     },
     "model",
 )
-AUXILIARY = _mapping({**_PARTS, "module": TEXT, "reuse": NAMED, "frozen": FLAG, "inputs": WIRING})
+AUXILIARY = _mapping(
+    {
+        **_PARTS,
+        "module": TEXT,
+        "model": NAMED,
+        "reuse": NAMED,
+        "frozen": FLAG,
+        "inputs": WIRING,
+    }
+)
 WEIGHT: Schema = {
     **_mapping(
         {
@@ -158,6 +169,7 @@ STAGE = _mapping(
         ),
         "parallel": {"enum": ["ddp", "fsdp"]},
         "sync_batchnorm": FLAG,
+        "term_gradients": FLAG,
         "evaluate": _mapping({"every": COUNT, "unit": UNIT}),
         "metrics": METRICS,
         "best_by": {"type": ["string", "null"], "minLength": 1},

@@ -14,9 +14,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from distill.data.batch import Batch, map_tensors
 from distill.global_batch import shared_out
 from distill.model.branches import Untraceable, without_side_branches
-from distill.model.capture import Capture, Complete
+from distill.model.capture import Capture, CaptureError, Complete
+from distill.model.controls import ControlError, OutputControl, controlled
 from distill.model.criterion import Criterion
-from distill.model.wiring import Call, Values, to_float32
+from distill.model.wiring import Call, CallError, Values, to_float32
 from distill.reference import STUDENT
 
 Extent = Literal["whole", "part", "nothing"]
@@ -37,13 +38,15 @@ class Distiller(nn.Module):
         teachers: role -> frozen model.
         auxiliary: calls in an order in which each one's arguments exist.
         criterion: the weighted terms.
-        captures: role -> submodule paths whose values references ask for.
+        captures: role, or name of an auxiliary call, -> submodule paths whose values references ask
+            for.
         parameters: name of a value -> the module and the name of its parameter or buffer.
         specials: role -> the module around the model, called with the batch in its place.
         borrowed: names of auxiliary modules that are parts of a model, such as a teacher's head,
             whose mode they keep.
         whole: roles to be run in whole whatever is asked of them.
         autocast: device type and reduced precision for models and auxiliary modules, or ``None``.
+        controls: role of a teacher -> what stands in for its output.
 
     Attributes:
         captures: the recording of each model from which something is captured, by role.
@@ -65,19 +68,22 @@ class Distiller(nn.Module):
         borrowed: Iterable[str] = (),
         whole: Iterable[str] = (),
         autocast: tuple[str, torch.dtype] | None = None,
+        controls: Mapping[str, OutputControl] | None = None,
     ):
         super().__init__()
         self.student = student
         self.teachers = nn.ModuleList(teachers.values())
         # Plain dicts and tuples: what is in them is registered already, or belongs to a model.
         self._models = {STUDENT: student, **teachers}
+        captured = {**{call.name: call.module for call in auxiliary}, **self._models}
         self._teachers = tuple(teachers)
         borrowed = set(borrowed)
         own = [call.module for call in auxiliary if call.name not in borrowed]
         self.auxiliary = nn.ModuleList(own)
         self.criterion = criterion
         self.captures = {
-            role: Capture(self._models[role], paths)
+            # What an auxiliary call overwrites is not looked for, so its values are copied.
+            role: Capture(captured[role], paths, clone=role not in self._models)
             for role, paths in (captures or {}).items()
             if paths
         }
@@ -88,6 +94,7 @@ class Distiller(nn.Module):
         self._specials = dict(specials or {})
         self._held: tuple[nn.Module, ...] = ()
         self._autocast = autocast
+        self._controls = dict(controls or {})
         self._is_reduced = autocast is not None or any(
             parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters()
         )
@@ -115,7 +122,7 @@ class Distiller(nn.Module):
         def values() -> Values:
             of_models = self._of_models(batch)
             for call in self._calls:
-                of_models[call.name] = call(of_models)
+                self.run_auxiliary(call, of_models)
             return of_models
 
         return self._in_precision(values)
@@ -157,6 +164,28 @@ class Distiller(nn.Module):
                 self.uncut[role] = "only its end tells which call is the last"
             if extent != "nothing" and role not in self._whole:
                 self._prune(role, batch)
+
+    def run_auxiliary(self, call: Call, values: Values) -> None:
+        """Call an auxiliary module on values, and put there what it gives.
+
+        Raises:
+            CallError: as a call, or if something to capture in it did not run.
+        """
+        capture = self.captures.get(call.name)
+        if capture is None:
+            values[call.name] = call(values)
+            return
+        capture.clear()
+        capture.enabled = True
+        try:
+            values[call.name] = call(values)
+            found = capture.pop()
+        except CaptureError as error:
+            text = f"'{value_name(call.name, error.path)}': {error}"
+            raise CallError(call.module, text) from error
+        finally:
+            capture.enabled = False
+        values.update({value_name(call.name, path): value for path, value in found.items()})
 
     def release(self) -> None:
         """Take all hooks off the models."""
@@ -270,10 +299,19 @@ class Distiller(nn.Module):
             return
         output = self.run_model(role, batch)
         if extent == "whole":
-            values[role] = output
+            values[role] = self._controlled(role, output, batch)
         if role in self.captures:
             for path, value in self.captures[role].pop().items():
                 values[value_name(role, path)] = value
+
+    def _controlled(self, role: str, output: Any, batch: Batch) -> Any:
+        if role not in self._controls:
+            return output
+        try:
+            return controlled(self._controls[role], output, batch.targets)
+        except ControlError as error:
+            error.role = role
+            raise
 
 
 def call_model(model: nn.Module, special: nn.Module | None, batch: Batch) -> Any:

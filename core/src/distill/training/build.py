@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distill import randomness
-from distill.config.experiment import Component, Experiment
+from distill.config.experiment import Component, Experiment, Model
 from distill.config.yaml_document import Path as ConfigPath
 from distill.data.batch import collate
 from distill.data.source import Source
@@ -19,6 +19,7 @@ from distill.errors import ConfigError, DataError, Fault, PluginError
 from distill.registry import SINGULAR, Registry
 from distill.signature import Problem, bind
 from distill.training.checkpoint import load_weights
+from distill.training.random_teacher import is_drawn, untrained
 
 
 class Builder:
@@ -80,11 +81,20 @@ class Builder:
         return [self.component(kind, component) for component in components]
 
     def model(self, name: str, seed: int) -> nn.Module:
-        """Build a model: its initial weights depend on the seeds alone, then its checkpoint."""
+        """Build a model: its initial weights depend on the seeds alone, then its checkpoint.
+
+        Args:
+            name: of the file, or of a random teacher as ``Role.instance`` has it.
+            seed: of the run.
+        """
+        name, _, control = name.partition("@")
         spec = self.experiment.models[name]
-        with randomness.seeded(seed, "model", spec.seed):
-            model = self.module("models", spec.component)
-        if spec.checkpoint is not None and not _on_meta():
+        if control:
+            model = self._random(spec, seed)
+        else:
+            with randomness.seeded(seed, "model", spec.seed):
+                model = self.module("models", spec.component)
+        if spec.checkpoint is not None and not control and not _on_meta():
             path = (*spec.component.path, "checkpoint")
             try:
                 load_weights(model, Path(spec.checkpoint))
@@ -94,6 +104,20 @@ class Builder:
             return model
         with randomness.seeded(seed, "redesign", spec.seed):
             return self.redesigned(spec.redesign, model, {})
+
+    def _random(self, spec: Model, seed: int) -> nn.Module:
+        """Build a model with weights that no other one of the run begins with."""
+        component, drawn = untrained(spec.component), []
+        for draw in range(2):
+            with randomness.seeded(seed, "random teacher", spec.seed, draw):
+                drawn.append(self.module("models", component))
+        if not _on_meta() and not is_drawn(*drawn):
+            message = (
+                f"{component.type} comes with weights that no seed changes, so that it is no "
+                "random_teacher; let its params build it without trained weights"
+            )
+            raise self.experiment.error(component.path, message)
+        return drawn[0]
 
     def module(self, kind: str, component: Component, *provided: Any) -> nn.Module:
         """Build a component that has to be a module."""

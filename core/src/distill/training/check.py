@@ -19,6 +19,7 @@ from distill.training.metrics import compares_with
 from distill.training.optimizer import build_schedule
 from distill.training.parameter_groups import parameter_groups
 from distill.training.parts import Parts, is_built
+from distill.training.split_gradients import terms_apart
 from distill.training.stage import Assembly, assemble
 
 META = torch.device("meta")
@@ -64,13 +65,17 @@ class _Checker:
             name: self._attempt(self.builder.model, name, 0) for name in self.experiment.models
         }
         built = {name: model for name, model in models.items() if model is not None}
+        for role in (role for stage in self.experiment.stages for role in stage.roles.values()):
+            if role.model in built and role.instance not in built:
+                drawn = self._attempt(self.builder.model, role.instance, 0)
+                built.update({role.instance: drawn} if drawn is not None else {})
         parts = Parts()
         for stage in self.experiment.stages:
             self._stage(stage, built, parts)
         self._test_metrics()
 
     def _stage(self, stage: Stage, models: dict[str, nn.Module], parts: Parts) -> None:
-        if all(role.model in models for role in stage.roles.values()):
+        if all(name in models for name in stage.models):
             assembly = assemble(self.builder, stage, models, parts, 0, META)
             self.faults += assembly.faults
             if assembly.distiller is not None:
@@ -97,6 +102,8 @@ class _Checker:
         optimizer = self._attempt(
             self.builder.component, "optimizers", stage.optimizer.component, parameters
         )
+        if optimizer is not None:
+            self._attempt(terms_apart, self.builder, stage, optimizer)
         # One by one, so that each one's faults are told.
         for entry in stage.schedulers:
             if optimizer is None:

@@ -18,6 +18,11 @@ from distill.errors import StorageError
 FORMAT = 1
 
 
+def peer_file(model: str) -> str:
+    """Return the name, less its ending, of what a stage writes of a model beside its student."""
+    return f"{model}.last"
+
+
 def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a module's state dict as safetensors that load strictly into its class."""
     # Clones part tied weights, which the format refuses.

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from distill.config.experiment import Experiment, Wired
+from distill.config.experiment import Experiment, Stage, Wired
 from distill.config.yaml_document import Path
 from distill.data.batch import Batch
 from distill.data.source import Source
 from distill.errors import ConfigError, DistillError
 from distill.model.capture import CaptureError
+from distill.model.controls import ControlError
 from distill.model.distiller import value_name
 from distill.model.wiring import CallError, describe, first_line
 from distill.reference import STUDENT, each_reference
@@ -43,9 +44,12 @@ def module_error(
 
 @contextmanager
 def failures_told(experiment: Experiment, assembly: Assembly) -> Iterator[None]:
-    """Lay a failure of a loss or auxiliary module at its place in the file."""
+    """Lay a failure of a loss, auxiliary module or control at its place in the file."""
     try:
         yield
+    except ControlError as error:
+        teacher = assembly.stage.teachers[error.role]
+        raise experiment.error((*teacher.path, "control"), str(error)) from error
     except CallError as error:
         message = str(error) + _adapter_hint(assembly, error)
         raise module_error(experiment, assembly, error.module, message) from error
@@ -77,13 +81,18 @@ def model_failures_told(
     except (torch.OutOfMemoryError, ConfigError):
         raise
     except DistillError as error:
-        raise experiment.error(assembly.stage.roles[role].path, str(error)) from error
+        raise experiment.error(_place_of(assembly.stage, role), str(error)) from error
     except Exception as error:  # the model is foreign code
         raise experiment.error(
-            assembly.stage.roles[role].path,
-            f"{type(assembly.roles[role]).__name__} fails on data set '{source.name}' "
+            _place_of(assembly.stage, role),
+            f"{type(assembly.model(role)).__name__} fails on data set '{source.name}' "
             f"(inputs {describe(batch.inputs)}): {first_line(error)}",
         ) from error
+
+
+def _place_of(stage: Stage, role: str) -> Path:
+    """Return where a stage names a model, which may be a peer of its student."""
+    return stage.roles[role].path if role in stage.roles else stage.auxiliary[role].component.path
 
 
 def capture_error(

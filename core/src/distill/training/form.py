@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch._functorch import config
 
 
 @contextmanager
@@ -23,13 +24,20 @@ def channels_last(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def compiled(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Let torch compile models in place: names of parameters and submodules stay as they are."""
+def compiled(models: Iterable[nn.Module], *, keeps_graph: bool = False) -> Iterator[None]:
+    """Let torch compile models in place: names of parameters and submodules stay as they are.
+
+    Args:
+        models: in place.
+        keeps_graph: whether gradients are taken through them several times a forward, for which the
+            backward must not overwrite what the forward has left.
+    """
     models = list(models)
     for model in models:
         model.compile()
     try:
-        yield
+        with config.patch(donated_buffer=False) if keeps_graph else nullcontext():
+            yield
     finally:
         for model in models:
             model._compiled_call_impl = None

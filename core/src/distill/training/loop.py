@@ -15,22 +15,28 @@ from distill import distributed, randomness
 from distill.data.batch import Batch
 from distill.data.mixing import Mixing
 from distill.errors import NumericalError
-from distill.model.criterion import TOTAL
+from distill.observer import TermGradients
 from distill.training.metrics import Meter
 from distill.training.non_finite import NonFinite, Seen, losses_are_finite
 from distill.training.optimizer import Optimization
 from distill.training.sync_batchnorm import uncounted
+from distill.training.term_gradients import TermProbe
 
 AfterStep = Callable[[int, bool], float | None]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a log line has to say: mean losses since the last one, and speed."""
+    """What a log line has to say: mean losses since the last one, and speed.
+
+    Attributes:
+        term_gradients: of the step's last batch, where they are measured.
+    """
 
     step: int
     losses: dict[str, float]
     samples_per_second: float
+    term_gradients: TermGradients | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Loop:
         mixing: batch transforms.
         memory_format: of images.
         hold: context in which gradients are not exchanged yet, since more batches follow.
+        probe: measures each term's gradient with every log line, or ``None``.
     """
 
     module: nn.Module
@@ -76,6 +83,7 @@ class Loop:
     mixing: Mixing | None = None
     memory_format: torch.memory_format | None = None
     hold: Callable[[], AbstractContextManager[None]] = nullcontext
+    probe: TermProbe | None = None
 
     def epoch(
         self,
@@ -113,7 +121,9 @@ class Loop:
             if self.mixing is not None:
                 batch = self.mixing(batch, epoch, number, self.device)
             randomness.seed_step(base, number, self.device)
-            losses = self._gradient(batch)
+            is_logged = (step + 1 - first_step) % self.log_every == 0 and batch.ends_step
+            probe = self.probe if is_logged else None
+            losses, term_gradients = self._gradient(batch, probe)
             meter.add(losses, len(batch) if batch.share else 0)
             seen.append(Seen(losses, batch.index, bool(batch.share)))
             if batch.skipped:
@@ -124,10 +134,11 @@ class Loop:
             totals.overflows += not followed
             seen.clear()
             step += 1
-            if (step - first_step) % self.log_every == 0:
+            if is_logged:
                 means, samples = self._read(meter, totals, step)
                 now = monotonic()
-                on_log(Progress(step - first_step, means, samples / max(now - last, 1e-9)))
+                speed = samples / max(now - last, 1e-9)
+                on_log(Progress(step - first_step, means, speed, term_gradients))
                 last = now
             if after_step is not None:
                 paused = after_step(step, followed) or 0.0
@@ -135,22 +146,32 @@ class Loop:
         self._read(meter, totals, step)
         return totals.summary(monotonic() - started)
 
-    def _gradient(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Add the gradient of one batch."""
+    def _gradient(
+        self, batch: Batch, probe: TermProbe | None
+    ) -> tuple[dict[str, torch.Tensor], TermGradients | None]:
+        """Add the gradient of one batch; return its losses, and what a probe finds."""
         if batch.share and batch.ends_step:  # as nearly always, without the price of contexts
-            return self._forward_and_backward(batch)
+            return self._forward_and_backward(batch, probe)
         with ExitStack() as contexts:
             if not batch.share:
                 contexts.enter_context(uncounted())
             if not batch.ends_step:
                 contexts.enter_context(self.hold())
-            return self._forward_and_backward(batch)
+            return self._forward_and_backward(batch, probe)
 
-    def _forward_and_backward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        losses: dict[str, torch.Tensor] = self.module(batch)
-        total = losses[TOTAL]
-        self.optimization.backward(total if batch.share == 1.0 else total * batch.share)
-        return losses
+    def _forward_and_backward(
+        self, batch: Batch, probe: TermProbe | None
+    ) -> tuple[dict[str, torch.Tensor], TermGradients | None]:
+        losses: dict[str, torch.Tensor]
+        found = None
+        if probe is None:
+            losses = self.module(batch)
+        else:
+            with probe.recording():
+                losses = self.module(batch)
+            found = probe.measure(batch.share, self.optimization.scale)
+        self.optimization.backward_of(losses, batch.share)
+        return losses, found
 
     def _step(self, seen: list[Seen], step: int) -> bool:
         outcome = self.optimization.step()

@@ -1,4 +1,4 @@
-"""What a stage measures: its student, the student's average, and its teachers."""
+"""What a stage measures: its student, the student's average, peers, and its teachers."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Measuring:
 
     Attributes:
         roles: student and teachers by role.
+        peers: models that train beside the student, measured under ``<name>.<metric>``.
         average: of the student, measured beside it under ``ema.<metric>``.
         takes_part: whether the student runs or trains in the stage; else it is not measured.
     """
@@ -52,6 +53,7 @@ class Measuring:
     roles: Mapping[str, nn.Module]
     average: Average | None = None
     takes_part: bool = True
+    peers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def improves(self, best: Best, metrics: Numbers) -> bool:
         """Whether ``metrics`` are the best so far."""
@@ -64,7 +66,7 @@ class Measuring:
         return best.beaten_by(metrics, name, is_higher_better(metric))
 
     def validate(self) -> dict[str, float]:
-        """Measure the student, and its average, on every validation data set.
+        """Measure the student, its average and peers on every validation data set.
 
         Raises:
             ConfigError: if what decides, or what a scheduler watches, is a part of a metric that it
@@ -76,6 +78,9 @@ class Measuring:
         if self.average is not None:
             averaged = self._validate(STUDENT, self.average.model, self._teachers())
             measured.update({f"ema.{name}": value for name, value in averaged.items()})
+        for peer, model in self.peers.items():
+            of_peer = self._validate(peer, model, self._teachers())
+            measured.update({f"{peer}.{name}": value for name, value in of_peer.items()})
         if measured:
             self._check_parts(measured)
         return measured
@@ -93,19 +98,23 @@ class Measuring:
         """Measure each teacher before it teaches.
 
         Raises:
-            ConfigError: if one is below its ``min_accuracy``.
+            ConfigError: if one that is no control is below its ``min_accuracy``.
         """
         measured = {}
         for role, teacher in self.stage.teachers.items():
             measured[role] = self._validate(role, self.roles[role], {})
-            if teacher.min_accuracy is not None:
+            if teacher.min_accuracy is not None and teacher.control is None:
                 self._check_accuracy(role, measured[role])
         return measured
 
     def test(self, dataset: str, entries: Iterable[MetricEntry]) -> dict[str, float]:
-        """Measure the student as it is now on the test data."""
-        model = self.roles[STUDENT]
-        return self._measure(STUDENT, model, dataset, entries, self._teachers())
+        """Measure the student and its peers as they are now on the test data."""
+        model, entries = self.roles[STUDENT], list(entries)
+        measured = self._measure(STUDENT, model, dataset, entries, self._teachers())
+        for peer, model in self.peers.items():
+            of_peer = self._measure(peer, model, dataset, entries, self._teachers())
+            measured.update({f"{peer}.{name}": value for name, value in of_peer.items()})
+        return measured
 
     def _teachers(self) -> dict[str, nn.Module]:
         return {role: model for role, model in self.roles.items() if role != STUDENT}
@@ -135,6 +144,7 @@ class Measuring:
         specials = {
             place: special_module(self.run.builder, self.stage.roles[r], m)
             for place, (r, m) in around.items()
+            if r not in self.peers
         }
         return evaluate(model, self.run.sources[dataset], metrics, how, teachers, specials)
 

@@ -12,11 +12,13 @@ from torch import nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from distill.config.experiment import Clip, Scheduler, Stage
+from distill.model.criterion import TOTAL, Criterion
 from distill.training import sharding
 from distill.training.build import Builder
 from distill.training.metrics import is_higher_better
 from distill.training.parameter_groups import parameter_groups
 from distill.training.schedule import Schedule, watches
+from distill.training.split_gradients import Split, terms_apart
 
 Outcome = Literal["followed", "overflow", "not finite"]
 SMALLEST_SCALE = 2.0**-10
@@ -30,7 +32,10 @@ class Optimization:
     Attributes:
         schedule: of the learning rates, or ``None``.
         scaler: of the loss in fp16, or ``None``.
-        clip: bounds of the gradient.
+        clip: bounds of the gradient: of its norm, or of each element. Where some terms' gradient is
+            taken apart, of the norm of the sum of both, which are then scaled alike; or of each
+            element of either.
+        split: what takes some terms' gradient apart, for an optimizer that wants it so.
         parameters: everything that is trained.
     """
 
@@ -38,14 +43,27 @@ class Optimization:
     schedule: Schedule | None = None
     scaler: torch.amp.GradScaler | None = None
     clip: Clip = field(default_factory=Clip)
+    split: Split | None = None
     _is_done: bool = field(default=True, init=False, repr=False)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of ``loss`` to that of the step."""
+    def backward_of(self, losses: Mapping[str, torch.Tensor], share: float) -> None:
+        """Add the gradient of a batch's weighted terms, times its share, to that of the step."""
+        if self.split is not None:
+            self.backward(*self.split.parts(losses, share))
+            return
+        total = losses[TOTAL]
+        self.backward(total if share == 1.0 else total * share)
+
+    def backward(self, loss: torch.Tensor, apart: torch.Tensor | None = None) -> None:
+        """Add the gradient of ``loss`` to that of the step, and another one to that apart."""
         if self._is_done:
             # Only now: given back earlier, its memory has to be fetched anew (7 % of a step).
             self.optimizer.zero_grad(set_to_none=True)
+            if self.split is not None:
+                self.split.clear()
             self._is_done = False
+        if self.split is not None and apart is not None:
+            self.split.add(apart if self.scaler is None else self.scaler.scale(apart))
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(self) -> Outcome:
@@ -57,6 +75,8 @@ class Optimization:
             Unless it is followed the weights stay as they are.
         """
         scaler = self.scaler
+        if self.split is not None:
+            self.split.finish(scaler)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         is_finite = sharding.all_finite(self._gradients())
@@ -77,6 +97,11 @@ class Optimization:
         self.parameters: list[nn.Parameter] = [
             p for group in self.optimizer.param_groups for p in group["params"]
         ]
+
+    @property
+    def scale(self) -> float:
+        """What losses are multiplied with for their backward."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     @property
     def lr(self) -> float:
@@ -107,24 +132,41 @@ class Optimization:
     def _clip(self) -> bool:
         """Bound the gradient; return whether that can be done, its norm being finite too."""
         parameters = [p for p in self.parameters if p.grad is not None]
+        apart = list(self.split.gradients.values()) if self.split is not None else []
         if self.clip.norm is not None:
-            norm = sharding.whole(get_total_norm(self._gradients()))
+            gradients = self._gradients() if self.split is None else list(self.split.both())
+            norm = sharding.whole(get_total_norm(gradients))
             if not math.isfinite(norm.item()):
                 return False
             clip_grads_with_norm_(parameters, self.clip.norm, norm)
+            if apart:  # by the same factor
+                torch._foreach_mul_(apart, min(1.0, self.clip.norm / (norm.item() + 1e-6)))
         if self.clip.value is not None:
             clip_grad_value_(parameters, self.clip.value)
+            for gradient in apart:
+                gradient.clamp_(-self.clip.value, self.clip.value)
         return True
 
 
 def build_optimization(
-    builder: Builder, stage: Stage, trained: Mapping[str, nn.Module], device: torch.device
+    builder: Builder,
+    stage: Stage,
+    trained: Mapping[str, nn.Module],
+    device: torch.device,
+    criterion: Criterion | None = None,
 ) -> Optimization:
     """Build the optimizer over what trains, its schedulers, and a scaler for fp16.
 
+    Args:
+        builder: for components.
+        stage: the description.
+        trained: what the stage trains, by name.
+        device: of this process.
+        criterion: whose terms an optimizer may take apart.
+
     Raises:
-        ConfigError: if there is nothing to train, a group means nothing, or a scheduler watches
-            what is not measured.
+        ConfigError: if there is nothing to train, a group means nothing, a scheduler watches what
+            is not measured, or the optimizer takes terms apart that are not there.
     """
     groups = parameter_groups(builder, stage, trained)
     if not groups:
@@ -133,7 +175,11 @@ def build_optimization(
     optimizer = builder.component("optimizers", stage.optimizer.component, groups)
     schedule = build_schedule(builder, stage, optimizer)
     scaler = torch.amp.GradScaler(device.type) if stage.precision == "fp16" else None
-    return Optimization(optimizer, schedule, scaler, stage.clip)
+    optimization = Optimization(optimizer, schedule, scaler, stage.clip)
+    terms = terms_apart(builder, stage, optimizer)
+    if terms and criterion is not None:
+        optimization.split = Split(optimizer, criterion, terms, optimization.parameters)
+    return optimization
 
 
 def build_schedule(

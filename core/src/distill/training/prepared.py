@@ -32,7 +32,7 @@ def prepare(run: SeedRun, stage: Stage, stack: ExitStack) -> Prepared:
     source = run.sources[stage.data.train]
     assembly = run.assemble(stage)
     stack.enter_context(roles_in_force(assembly))
-    stack.enter_context(run.in_form(stage, assembly.roles.values()))
+    stack.enter_context(run.in_form(stage, [run.models[name] for name in stage.models]))
     plan = run.plan(stage)
     batch = run.first_batch(stage, source, run.place(stage))
     rehearsal = rehearse(run.builder, assembly, source, plan, batch, run.seed)

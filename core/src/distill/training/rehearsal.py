@@ -9,20 +9,22 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill.config.experiment import Experiment, Stage
+from distill.config.yaml_document import Path
 from distill.data.batch import Batch
 from distill.data.plan import Plan
 from distill.data.source import Source
-from distill.errors import ConfigError, DataError
+from distill.errors import ConfigError, DataError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.criterion import TOTAL
 from distill.model.distiller import call_model, value_name
-from distill.model.wiring import Values, describe
+from distill.model.wiring import Values, describe, first_line
 from distill.reference import STUDENT
 from distill.training.around import special_module
 from distill.training.build import Builder
@@ -33,6 +35,7 @@ from distill.training.failures import (
     module_error,
 )
 from distill.training.freezing import freeze
+from distill.training.metrics import Metric, compares_with, takes_teachers
 from distill.training.set_up import set_up, set_up_when_called
 from distill.training.stage import Assembly
 from distill.training.traceless import buffers_kept, in_eval_mode
@@ -103,6 +106,7 @@ def rehearse(
     for name, module in assembly.terms.items():
         _check_term(experiment, assembly, module, losses[name])
     unreached = _unreached(distiller.criterion.total(losses), assembly.trainable())
+    _check_peers(experiment, assembly, unreached)
     if unreached and is_cut(assembly):
         unreached = _leave_out(assembly, unreached, batch)
     ran = {
@@ -114,16 +118,18 @@ def rehearse(
 
 
 def is_cut(assembly: Assembly) -> bool:
-    """Whether the stage runs less of the student than there is."""
-    assert assembly.distiller is not None
-    is_part = assembly.distiller.extents[STUDENT] != "whole"
-    return is_part or assembly.stage.student.redesign is not None
+    """Whether the stage asks less of the student, or of a peer, than there is."""
+    distiller, stage = assembly.distiller, assembly.stage
+    assert distiller is not None
+    is_part = distiller.extents[STUDENT] != "whole"
+    is_part |= any(distiller.parts_asked(peer) is not None for peer in stage.peers)
+    return is_part or stage.student.redesign is not None
 
 
 def _leave_out(
     assembly: Assembly, unreached: Sequence[nn.Parameter], batch: Batch
 ) -> list[nn.Parameter]:
-    """Let the stage leave out those of the student's parameters that nothing comes from.
+    """Let the stage leave out those of the student's and peers' parameters that lead to nothing.
 
     In eval mode too, since a model may leave out other layers in train mode each time; none where
     it cannot be run so.
@@ -139,8 +145,9 @@ def _leave_out(
     except Exception:  # foreign code, which need not give in eval mode what it gives in training
         return list(unreached)
     still = {id(parameter) for parameter in _unreached(total, unreached)}
-    of_student = {id(parameter) for parameter in assembly.roles[STUDENT].parameters()}
-    out = [p for p in unreached if id(p) in still & of_student]
+    models = [assembly.model(name) for name in (STUDENT, *assembly.stage.peers)]
+    of_models = {id(parameter) for model in models for parameter in model.parameters()}
+    out = [p for p in unreached if id(p) in still & of_models]
     for parameter in out:
         parameter.requires_grad_(False)
     assembly.left_out = out
@@ -153,20 +160,60 @@ def rehearse_measuring(
     source: Source,
     batch: Batch,
     roles: Iterable[str],
+    metrics: Mapping[str, Metric],
+    place: Path,
 ) -> None:
-    """Run two samples of data to measure on through models, as ``rehearse`` does for training."""
+    """Run two samples of data to measure on through models, as ``rehearse`` does for training.
+
+    Args:
+        builder: of the experiment.
+        assembly: the stage.
+        source: the data.
+        batch: two samples of it.
+        roles: whose models are measured.
+        metrics: by name; those that compare with teachers are only shown the student.
+        place: where the file asks for the data.
+
+    Raises:
+        ConfigError: if a model or a metric fails on them.
+        DataError: if a model's classes are not those of the data.
+    """
     experiment = builder.experiment
+    outputs: dict[str, Any] = {}
     for role in roles:
-        model, entry = assembly.roles[role], assembly.stage.roles[role]
-        special = special_module(builder, entry, model)
+        model, entry = assembly.model(role), assembly.stage.roles.get(role)
+        special = special_module(builder, entry, model) if entry is not None else None
         with (
             in_eval_mode([model, *([special] if special else [])]),
             buffers_kept(model),
             torch.no_grad(),
             model_failures_told(experiment, assembly, source, role, batch),
         ):
-            output = call_model(model, special, batch)
-        _check_classes(experiment, assembly, source, {role: output})
+            outputs[role] = call_model(model, special, batch)
+        _check_classes(experiment, assembly, source, {role: outputs[role]})
+    for role, output in outputs.items():
+        for name, metric in metrics.items():
+            try:
+                _show(metric, output, batch, source, outputs if role == STUDENT else {})
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the metric is foreign code
+                text = str(error) if isinstance(error, DistillError) else first_line(error)
+                message = f"'{name}' cannot be measured on data set '{source.name}': {text}"
+                raise experiment.error(place, message) from error
+
+
+def _show(
+    metric: Metric, output: Any, batch: Batch, source: Source, outputs: Mapping[str, Any]
+) -> None:
+    """Show a metric a batch, unless it compares with a teacher that is not there."""
+    metric.reset()
+    if hasattr(metric, "classes"):
+        metric.classes = source.classes
+    if not takes_teachers(metric):
+        metric.update(output, batch)
+    elif compares_with(metric) in outputs:
+        metric.update(output, batch, teachers=outputs)  # type: ignore[call-arg]
 
 
 @contextmanager
@@ -280,11 +327,12 @@ def _check_classes(
         metric.component.type for metric in stage.metrics
     ]:
         return
-    for role in assembly.roles.keys() & values.keys():
-        if stage.roles[role].redesign is not None:
+    named = {role: entry.model for role, entry in stage.roles.items()} | stage.measured_peers
+    for role in named.keys() & values.keys():
+        if role in stage.roles and stage.roles[role].redesign is not None:
             continue  # what is scored is the model's own output
         output = values[role]
-        name = stage.roles[role].model
+        name = named[role]
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
             continue
         if output.shape[1] != len(source.classes):
@@ -309,6 +357,21 @@ def _check_term(
             "wire it to the student or an auxiliary module, or free what is frozen"
         )
         raise module_error(experiment, assembly, module, message)
+
+
+def _check_peers(
+    experiment: Experiment, assembly: Assembly, unreached: Iterable[nn.Parameter]
+) -> None:
+    """Refuse a model that is to be trained beside the student and that no term trains."""
+    missed = {id(parameter) for parameter in unreached}
+    for name, model in assembly.stage.peers.items():
+        trainable = [p for p in assembly.auxiliary[name].parameters() if p.requires_grad]
+        if trainable and all(id(parameter) in missed for parameter in trainable):
+            message = (
+                f"no term trains the model '{model}'; give a loss '{name}' where it takes the "
+                f"student, as inputs: {{student: {name}}}, or make the model a teacher"
+            )
+            raise experiment.error(assembly.stage.auxiliary[name].component.path, message)
 
 
 def _unreached(total: torch.Tensor, trainable: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -66,8 +66,8 @@ class SeedRun:
     def place(self, stage: Stage) -> torch.device:
         """Put a stage's models where it runs them, and return where; to be sharded, on the CPU."""
         device = torch.device("cpu") if is_sharded(stage) else self.device
-        for role in stage.roles.values():
-            self.models[role.model].to(device)
+        for name in stage.models:
+            self.models[name].to(device)
         self.parts.to(device)
         return device
 

@@ -46,7 +46,7 @@ def set_up(distiller: Distiller, parts: Parts, source: Source, batch: Batch, see
                     call.set_up(values, {"dataset": source.dataset} if knows_data else {})
             if call not in losses:
                 with buffers_kept(call.module):
-                    values[call.name] = call(values)
+                    distiller.run_auxiliary(call, values)
 
 
 def _check_data(module: nn.Module, parts: Parts, source: Source) -> None:

@@ -76,8 +76,7 @@ def _sharded(
     cloned = {role: capture.cloned for role, capture in plain.distiller.captures.items()}
     plain.distiller.release()  # so that its hooks are not copied
     # In an order that is the same in every process, since they exchange weights one by one.
-    names = [role.model for role in stage.roles.values()]
-    models = {name: copy.deepcopy(run.models[name]) for name in dict.fromkeys(names)}
+    models = {name: copy.deepcopy(run.models[name]) for name in stage.models}
     parts = run.parts.copied()
     assembly = assemble(run.builder, stage, models, parts, run.seed, run.device)
     distiller = assembly.distiller

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from distill.config.experiment import Stage
+from distill.config.experiment import RANDOM_TEACHER, Stage
 from distill.errors import ConfigError, Fault
+from distill.model.controls import OutputControl, output_control
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller, value_name
 from distill.model.wiring import Call
@@ -30,7 +31,8 @@ class Assembly:
 
     Attributes:
         roles: student and teachers by role, as they are outside of the stage.
-        auxiliary: auxiliary modules by name, less those that are parts of models.
+        auxiliary: auxiliary modules by name, less those that are parts of models; peers of the
+            student, which are models of the file, are among them.
         terms: loss modules by name.
         adapters: of terms, by the term's name.
         specials: what is put around models, by role.
@@ -55,6 +57,10 @@ class Assembly:
     faults: list[Fault] = field(default_factory=list)
     distiller: Distiller | None = None
 
+    def model(self, role: str) -> nn.Module:
+        """Return the model in a role, or a peer of the student by its name."""
+        return self.roles[role] if role in self.roles else self.auxiliary[role]
+
     def trained(self) -> dict[str, nn.Module]:
         """Return what the stage trains, by the names that the file selects parameters by."""
         terms = {f"criterion.{name}": term for name, term in self.terms.items()}
@@ -76,7 +82,7 @@ def assemble(
     device: torch.device,
 ) -> Assembly:
     """Wire a stage; modules that it inherits are taken from ``parts``, new ones are put there."""
-    roles = {role: models[entry.model] for role, entry in stage.roles.items()}
+    roles = {role: models[entry.instance] for role, entry in stage.roles.items()}
     assembly = Assembly(stage, roles, parts)
     faults = assembly.faults
     make = Maker(builder, stage, parts, seed, device, faults)
@@ -96,15 +102,33 @@ def assemble(
             continue
         if special is not None:
             assembly.specials[role] = special
-    wiring = Wiring(builder.experiment, stage, run, roles, faults)
+    peers = {name: models[model] for name, model in stage.peers.items()}
+    originals = {**roles, **peers}
+    wiring = Wiring(builder.experiment, stage, {**run, **peers}, originals, faults)
     wiring.place(assembly.auxiliary)
     assembly.in_rows = [assembly.auxiliary[name] for name in wiring.placed]
+    assembly.auxiliary.update(peers)
     auxiliary = _auxiliary_calls(assembly, wiring, are_rows_known=are_rows_known)
     adapting, terms = _term_calls(assembly, wiring, make)
-    auxiliary, assembly.unasked = _asked([*auxiliary, *adapting], terms)
+    auxiliary, assembly.unasked = _asked([*auxiliary, *adapting], terms, wiring)
     if not faults:
-        assembly.distiller = _distiller(assembly, wiring, auxiliary, terms, device)
+        faults.extend(_idle_controls(builder, stage, [*auxiliary, *terms]))
+    if not faults:
+        controls = {role: output_control(t.control, seed) for role, t in stage.teachers.items()}
+        assembly.distiller = _distiller(assembly, wiring, auxiliary, terms, device, controls)
     return assembly
+
+
+def _idle_controls(builder: Builder, stage: Stage, calls: list[Call]) -> Iterator[Fault]:
+    """Yield a fault for each control of an output that nothing reads."""
+    read = {address.value for call in calls for address in call.addresses()}
+    for role, teacher in stage.teachers.items():
+        if output_control(teacher.control, 0) is not None and role not in read:
+            message = (
+                f"{teacher.control} acts on what '{role}' gives at its end, which nothing in "
+                f"stage '{stage.name}' reads; for its features there is {RANDOM_TEACHER}"
+            )
+            yield builder.experiment.fault((*teacher.path, "control"), message)
 
 
 def _term_calls(assembly: Assembly, wiring: Wiring, make: Maker) -> tuple[list[Call], list[Call]]:
@@ -128,13 +152,14 @@ def _distiller(
     auxiliary: list[Call],
     terms: list[Call],
     device: torch.device,
+    controls: Mapping[str, OutputControl | None],
 ) -> Distiller:
     stage, models = assembly.stage, wiring.models
     weights = {name: term.weight for name, term in stage.criterion.items()}
     reduced = (device.type, REDUCED[stage.precision]) if stage.precision in REDUCED else None
     return Distiller(
         student=models[STUDENT],
-        teachers={role: model for role, model in models.items() if role != STUDENT},
+        teachers={role: models[role] for role in stage.teachers},
         auxiliary=auxiliary,
         criterion=Criterion(terms, weights),
         captures=_captures_asked(wiring, [*auxiliary, *terms]),
@@ -143,6 +168,7 @@ def _distiller(
         borrowed=[name for name, part in stage.auxiliary.items() if part.module is not None],
         whole=[role for role in stage.roles if why_whole(stage, role)],
         autocast=reduced,
+        controls={role: control for role, control in controls.items() if control is not None},
     )
 
 
@@ -172,12 +198,15 @@ def _auxiliary_calls(assembly: Assembly, wiring: Wiring, *, are_rows_known: bool
     return calls
 
 
-def _asked(auxiliary: list[Call], terms: list[Call]) -> tuple[list[Call], list[str]]:
+def _asked(
+    auxiliary: list[Call], terms: list[Call], wiring: Wiring
+) -> tuple[list[Call], list[str]]:
     """Part auxiliary calls into those that a term needs and the names of the others."""
     needed = {address.value for call in terms for address in call.addresses()}
     kept: list[Call] = []
     for call in reversed(auxiliary):
-        if call.name in needed:
+        captured = (value_name(call.name, path) for path in wiring.captures.get(call.name, ()))
+        if call.name in needed or not needed.isdisjoint(captured):
             kept.insert(0, call)
             needed |= {address.value for address in call.addresses()}
     return kept, [call.name for call in auxiliary if call not in kept]

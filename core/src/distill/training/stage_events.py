@@ -69,6 +69,7 @@ class StageEvents:
             samples_per_second=progress.samples_per_second,
             seconds_left=samples / max(progress.samples_per_second, 1e-9),
             weights=weights,
+            term_gradients=progress.term_gradients,
         )
         self.run.tell("step_end", event)
 

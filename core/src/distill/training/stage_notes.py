@@ -18,6 +18,7 @@ def stage_notes(assembly: Assembly, plan: Plan, rehearsal: Rehearsal) -> list[st
     """Return one line for each."""
     return [
         *(f"{name} is overwritten by the model, so it is copied" for name in rehearsal.copied),
+        *_controls(assembly),
         *_extents(assembly, rehearsal),
         *(f"{name} does not run: nothing is asked of it" for name in assembly.unasked),
         *_begun_anew(assembly),
@@ -27,6 +28,19 @@ def stage_notes(assembly: Assembly, plan: Plan, rehearsal: Rehearsal) -> list[st
         *_schedulers(assembly, plan),
         *_processes(assembly),
     ]
+
+
+CONTROLLED = {
+    "label_smoothing": "the labels, smoothed as much as it doubts them, stand in for its outputs",
+    "random_teacher": "it has weights as they are drawn, not those of '{model}'",
+    "shuffled_classes": "its outputs are given to other classes",
+}
+
+
+def _controls(assembly: Assembly) -> Iterator[str]:
+    for role, teacher in assembly.stage.teachers.items():
+        if teacher.control is not None:
+            yield f"{role} is a control: {CONTROLLED[teacher.control].format(model=teacher.model)}"
 
 
 def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:

@@ -22,7 +22,7 @@ from distill.observer import Numbers, StageResult
 from distill.reference import STUDENT
 from distill.training import sharding
 from distill.training.average import Average
-from distill.training.checkpoint import load_weights, save_weights
+from distill.training.checkpoint import load_weights, peer_file, save_weights
 from distill.training.failures import module_error
 from distill.training.form import compiled
 from distill.training.frozen_teachers import Unchanged
@@ -36,6 +36,7 @@ from distill.training.seed_run import SeedRun, memory_format
 from distill.training.spread import Spread, spread
 from distill.training.stage_events import StageEvents, count_parameters
 from distill.training.stage_notes import stage_notes
+from distill.training.term_gradients import TermProbe, unmeasured
 from distill.training.traceless import keeps_its_own
 
 SINGLE = "more than 1 value per channel"
@@ -55,8 +56,8 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
         NumericalError: if a gradient becomes infinite or not a number.
     """
     stage = run.builder.experiment.stages[number]
-    run.trained.add(stage.student.model)
-    run.trained.update(t.model for t in stage.teachers.values() if t.mode == "train")
+    run.trained.update([stage.student.model, *stage.peers.values()])
+    run.trained.update(t.instance for t in stage.teachers.values() if t.mode == "train")
     with ExitStack() as stack:
         training = _training(run, number, prepare(run, stage, stack), state, stack)
         if state is not None:
@@ -75,12 +76,18 @@ def _training(
     source, plan = prepared.source, prepared.plan
     stage = prepared.assembly.stage
     over = spread(run, prepared.assembly, source, prepared.rehearsal, stack)
-    optimization = build_optimization(run.builder, stage, over.assembly.trained(), run.device)
-    stack.enter_context(compiled(over.assembly.roles[role] for role in stage.compile))
-    assert over.assembly.distiller is not None
-    runs = over.assembly.distiller.extents[STUDENT] != "nothing"
+    distiller = over.assembly.distiller
+    assert distiller is not None
+    trained = over.assembly.trained()
+    optimization = build_optimization(run.builder, stage, trained, run.device, distiller.criterion)
+    models = [over.assembly.roles[role] for role in stage.compile]
+    keeps_graph = stage.term_gradients or optimization.split is not None
+    stack.enter_context(compiled(models, keeps_graph=keeps_graph))
+    probe = TermProbe(distiller, run.device, stage.name) if stage.term_gradients else None
+    runs = distiller.extents[STUDENT] != "nothing"
     trains = any(p.requires_grad for p in over.assembly.roles[STUDENT].parameters())
-    measuring = Measuring(run, stage, over.assembly.roles, over.average, runs or trains)
+    peers = {name: over.assembly.auxiliary[name] for name in stage.measured_peers}
+    measuring = Measuring(run, stage, over.assembly.roles, over.average, runs or trains, peers)
     teachers = measuring.teachers() if state is None else state["teachers"]
     loop = Loop(
         over.parallel.module,
@@ -92,9 +99,11 @@ def _training(
         run.mixing(stage),
         memory_format(stage),
         over.parallel.hold,
+        probe,
     )
     training = _Training(run, number, stage, over, loop, plan, source, measuring, teachers)
     training.notes = stage_notes(prepared.assembly, plan, prepared.rehearsal)
+    training.notes += unmeasured(stage, plan, loop.log_every)
     return training
 
 
@@ -293,8 +302,10 @@ class _Training:
         return is_best
 
     def finish(self) -> StageResult:
-        """Write the student, keep the weights that go on, and measure them on the test data."""
+        """Write what trained, keep the weights that go on, and measure them on the test data."""
         self._write("last", self.student)
+        for name, model in self.stage.peers.items():
+            self._write(peer_file(model), self.spread.assembly.auxiliary[name])
         if self.average is not None:
             self._write("ema", self.average.model)
         if self.stage.keep != "last" and self.measuring.takes_part:
@@ -318,7 +329,8 @@ class _Training:
         )
         self.run.results.append(result)
         # What goes on first: it is what the test measures.
-        names = dict.fromkeys((self.stage.keep, "last", "best", "ema"))
+        peers = map(peer_file, self.stage.peers.values())
+        names = dict.fromkeys((self.stage.keep, "last", "best", "ema", *peers))
         files = [self.directory / f"{name}.safetensors" for name in names]
         self.events.end(result, [file for file in files if file.exists()])
         self.run.save(self.number + 1, 0, {})

@@ -34,8 +34,8 @@ class Wiring:
     """Finds where arguments come from; what comes from nowhere is a fault.
 
     Attributes:
-        models: by role, as the stage runs them.
-        originals: by role, as they are otherwise.
+        models: by role, and peers of the student by name, as the stage runs them.
+        originals: likewise, as they are otherwise.
         captures: role -> paths of what must be captured.
         parameters: name of a value -> the module and its parameter's or buffer's name.
         placed: auxiliary module that a redesigned model calls itself -> where its output is.
@@ -185,6 +185,8 @@ class Wiring:
         )
 
     def _unwired(self, part: Wired, name: str) -> str:
+        if isinstance(part, Auxiliary) and part.model is not None:
+            return f"model '{part.model}' needs the input '{name}'; wire it: {{{name}: inputs}}"
         kind = part.component.type or "the module"
         if name == TEACHER and not self.stage.teachers:
             return f"{kind} needs a teacher, and stage '{self.stage.name}' has none"

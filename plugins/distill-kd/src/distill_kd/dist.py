@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distill import gather as global_rows
-from distill_kd.logits import LogitLoss, Rows, check_factor, check_temperature, standardized
-from distill_kd.parameters import check, check_choice
+from distill.parameters import check, check_choice, check_factor
+from distill_kd.logits import LogitLoss, Rows, check_temperature, standardized
 
 EpsForm = Literal["clamped", "added"]
 Gather = Literal["none", "all"]

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.parameters import check, check_choice, check_factor
 from distill_kd.logits import (
     RowLoss,
     Rows,
-    check_factor,
     check_temperature,
     cross_entropy_of,
     divergence,
     log_probabilities,
     standardized,
 )
-from distill_kd.parameters import check, check_choice
 
 Reduction = Literal["batchmean", "positionmean", "mean", "sum"]
 SoftTerm = Literal["kl", "cross_entropy"]
@@ -87,7 +86,7 @@ class KDLoss(RowLoss):
         - returns: scalar, computed in float32, or in float64 if one of the logits is. Only the
           student gets a gradient.
 
-    A class that both sides exclude with a logit of ``-inf`` counts nothing. Of more than 2**25
+    A class that both sides exclude with a logit of ``-inf`` counts nothing. Of more than 2**24
     logits, parts are computed one after another, and again for the backward, to bound memory.
 
     Raises:
@@ -176,9 +175,9 @@ class KDLoss(RowLoss):
                 "KDLoss: activation sigmoid needs targets of 0 and 1 for each class, of the shape "
                 f"{tuple(student.shape)}, got class indices {tuple(rows.labels.shape)}"
             )
-        losses = self.losses_of(rows)
         masked = None if mask is None else mask.reshape(-1).bool()
         matched = rows if self.ignore_soft else replace(rows, counted=masked)
+        losses = self.losses_of(matched)
         soft = matched.total(losses[:, 0]) * (self.beta * self.temperature**2)
         soft = soft / self._soft_count(student, matched)
         if losses.shape[1] == 1:

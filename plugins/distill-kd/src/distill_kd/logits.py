@@ -6,19 +6,19 @@ they came in.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from distill_kd.parameters import Parametrized, check, check_choice
+from distill.parameters import Parametrized, check_choice, check_positive
 
 SoftTargets = Literal["argmax", "error"]
 
-AT_ONCE = 2**25
+AT_ONCE = 2**24
 """Logits that are looked at together; of more, parts are computed again for the backward."""
 SMALLEST_DEVIATION = 1e-7
 """Added to a standard deviation that logits are divided by, as the authors do."""
@@ -74,17 +74,29 @@ class Rows:
         return known.scatter_(1, self.labels[:, None], 1.0)
 
     def wide(self) -> Rows:
-        """Return the rows in the wider of the logits' types, float32 at least."""
+        """Return the rows in the wider of the logits' types, float32 at least.
+
+        Logits of rows that do not count become 0, since the gradient of what is not finite is not 0
+        however little it counts.
+        """
         # Half precision loses small probabilities, and T^2 then multiplies the error.
         dtype = torch.promote_types(self.student.dtype, self.teacher.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         soft = None if self.soft is None else self.soft.to(dtype)
         student, teacher = self.student.to(dtype), self.teacher.to(dtype)
+        if self.counted is not None:
+            kept = self.counted[:, None]
+            student, teacher = student.where(kept, 0.0), teacher.where(kept, 0.0)
         return Rows(student, teacher, self.labels, soft, self.counted)
 
-    def tensors(self) -> list[Tensor | None]:
-        """Return the attributes in order."""
-        return [getattr(self, field.name) for field in fields(self)]
+    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """Return what a function makes of each of the tensors."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Rows(*(None if t is None else change(t) for t in tensors))  # type: ignore[arg-type]
+
+    def part(self, some: slice) -> Rows:
+        """Return some of the rows."""
+        return self.each(lambda tensor: tensor[some])
 
 
 class LogitLoss(Parametrized):
@@ -155,31 +167,55 @@ class LogitLoss(Parametrized):
 class RowLoss(LogitLoss):
     """A loss that is a mean over rows, each by itself.
 
-    Memory: of more than 2**25 logits, parts are looked at one after another and computed again for
-    the backward, so that beyond logits and their gradient it takes a few times 128 MB.
+    Memory: of more than 2**24 logits, parts are looked at one after another and computed again for
+    the backward, so that beyond logits and their gradient it takes some hundred MB.
     """
 
     def row_losses(self, rows: Rows) -> Tensor:
-        """Return the loss of each row (N), of logits in float32 or wider."""
+        """Return the loss of each row (N, ...), of logits in float32 or wider."""
         raise NotImplementedError
 
     def losses_of(self, rows: Rows) -> Tensor:
-        """Return the loss of each row (N), part by part if they are many."""
-        size, classes = rows.student.shape
-        if size * classes <= AT_ONCE or size == 1:
+        """Return the loss of each row (N, ...), part by part if they are many."""
+        if rows.student.numel() <= AT_ONCE or len(rows.student) == 1:
             return self.row_losses(rows.wide())
-        each = max(1, AT_ONCE // classes)
-        parts = [
-            [None] * math.ceil(size / each) if t is None else t.split(each) for t in rows.tensors()
-        ]
-        found = [
-            checkpoint(self._of_part, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(*parts, strict=True)
-        ]
-        return torch.cat(found)
+        own = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        found: Tensor = _InParts.apply(self, rows, rows.student, *own)
+        return found
 
-    def _of_part(self, *tensors: Tensor | None) -> Tensor:
-        return self.row_losses(Rows(*tensors).wide())  # type: ignore[arg-type]
+
+class _InParts(torch.autograd.Function):
+    """Losses of parts of the rows; the gradient of each goes where that of all is to be."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: RowLoss, rows: Rows, student: Tensor, *own: Tensor) -> Tensor:
+        ctx.loss, ctx.rows = loss, replace(rows, student=student.detach())
+        ctx.save_for_backward(student, *own)
+        return torch.cat([loss.row_losses(ctx.rows.part(some).wide()) for some in _parts(student)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        student, *own = ctx.saved_tensors
+        gradient = torch.empty_like(student)
+        of_own = [torch.zeros_like(parameter) for parameter in own]
+        for some in _parts(student):
+            rows = ctx.rows.part(some)
+            leaf = rows.student.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = ctx.loss.row_losses(replace(rows, student=leaf).wide())
+            first, *others = torch.autograd.grad(
+                losses, [leaf, *own], outer[some], allow_unused=True, materialize_grads=True
+            )
+            gradient[some] = first
+            for total, more in zip(of_own, others, strict=True):
+                total += more
+        return (None, None, gradient, *of_own)
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    each = max(1, AT_ONCE // logits.shape[1])
+    return [slice(start, start + each) for start in range(0, len(logits), each)]
 
 
 class LabelledLoss(RowLoss):
@@ -218,12 +254,7 @@ class LabelledLoss(RowLoss):
 
 def check_temperature(owner: object, temperature: float) -> None:
     """Refuse a temperature that is not a finite number above 0."""
-    check(owner, "temperature", temperature, 0 < temperature < math.inf, "a finite number > 0")
-
-
-def check_factor(owner: object, name: str, factor: float) -> None:
-    """Refuse a weight that is not a finite number from 0 on."""
-    check(owner, name, factor, 0 <= factor < math.inf, "a finite number >= 0")
+    check_positive(owner, "temperature", temperature)
 
 
 def check_same_shape(owner: object, student: Tensor, teacher: Tensor) -> None:
