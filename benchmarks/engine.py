@@ -72,7 +72,9 @@ def last_loop(run: SeedRun, stack: ExitStack) -> tuple[Loop, Source, Plan]:
     prepared = prepare(run, stages[-1], stack)
     assembly = prepared.assembly
     assert assembly.distiller is not None
-    optimization = build_optimization(run.builder, stages[-1], assembly.trained(), run.device)
+    criterion = assembly.distiller.criterion
+    trained = assembly.trained()
+    optimization = build_optimization(run.builder, stages[-1], trained, run.device, criterion)
     loop = Loop(assembly.distiller, optimization, run.device, seed=0, stage=stages[-1].name)
     return loop, prepared.source, prepared.plan
 

@@ -37,12 +37,15 @@ EXAMPLES = sorted(
 
 PER_PROCESS = {
     "digits-cckd": "relates the samples that a process has",
+    "digits-dist": "correlates over the samples that a process has",
     "digits-dist-plus": "correlates over the samples that a process has",
     "digits-ghnd": "sums over the samples that a process has, and processes are averaged",
     "digits-hnd": "sums over the samples that a process has, and processes are averaged",
     "digits-mgd": "each process draws masks of its own",
+    "digits-mlkd": "relates the samples that a process has",
     "digits-pkt": "relates the samples that a process has",
     "digits-rkd": "relates the samples that a process has",
+    "digits-skd": "relates the samples that a process has",
     "digits-spkd": "relates the samples that a process has",
     "digits-srd": "normalises by the samples that a process has",
     "digits-sskd": "compares a copy with the originals that a process has",
@@ -162,6 +165,9 @@ def shortened(example: Path, trained: Path) -> Iterator[str]:
                 yield f"{place}.data.batch_sampler.params.samples_per_class=2"
         if "min_accuracy" in (stage.get("teacher") or {}):
             yield f"{place}.teacher.min_accuracy=0.0"
+        for role, teacher in (stage.get("teachers") or {}).items():
+            if "min_accuracy" in teacher:
+                yield f"{place}.teachers.{role}.min_accuracy=0.0"
 
 
 def registry() -> Registry:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from distill import hookspecs
+from distill.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -26,10 +25,11 @@ def test_files_commands_and_python_of_the_readme_run_as_they_stand(tmp_path: Pat
         elif language == "console":
             for line in text.splitlines():
                 assert line.startswith("$ distill "), line
-                _run(tmp_path, [sys.executable, "-m", *shlex.split(line.removeprefix("$ "))])
+                _run(tmp_path, *shlex.split(line.removeprefix("$ ")), is_module=True)
                 ran += 1
         elif language == "python":
-            _run(tmp_path, [sys.executable, "-c", text])
+            (tmp_path / "shown.py").write_text(text, "utf-8")
+            _run(tmp_path, str(tmp_path / "shown.py"))
             ran += 1
     assert ran >= 8
     for name in ("digits-hint", "short", "two", "mine"):
@@ -65,7 +65,7 @@ def test_every_link_of_the_readme_leads_to_a_file() -> None:
     )
 
 
-def _run(folder: Path, command: list[str]) -> None:
+def _run(folder: Path, target: str, *arguments: str, is_module: bool = False) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    code, told = Forked(target, arguments, environment, folder, is_module).wait(timeout=300)
+    assert code == 0, f"{target} {arguments}\n{told}"

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch.utils.data import Dataset
 from distill import builtin
 from distill.config.experiment import Experiment
 from distill.config.load import load
+from distill.forked import Forked
 from distill.registry import SINGULAR, Entry, Registry
 
 PROCESS_TIMEOUT = 120
@@ -152,21 +151,19 @@ def run_processes(script: str | os.PathLike[str], *arguments: str, processes: in
         port = str(free.getsockname()[1])
     group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     started = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        Forked(
+            str(script),
+            arguments,
+            {**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
         )
         for rank in map(str, range(processes))
     ]
     try:
-        outputs = [process.communicate(timeout=PROCESS_TIMEOUT)[0] for process in started]
+        ended = [process.wait(PROCESS_TIMEOUT) for process in started]
     finally:
         for process in started:
             process.kill()
-    failed = [text for text, process in zip(outputs, started, strict=True) if process.returncode]
+    failed = [text for code, text in ended if code]
     if failed:
         raise RuntimeError("\n".join(failed))
 

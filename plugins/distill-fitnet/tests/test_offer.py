@@ -19,7 +19,7 @@ LOSSES = distill_fitnet.distill_losses()
 AUXILIARY_MODULES = distill_fitnet.distill_auxiliary_modules()
 OFFERED = {**LOSSES, **AUXILIARY_MODULES}
 WITH_SETUP = [name for name, kind in OFFERED.items() if hasattr(kind, "setup")]
-NOT_OFFERED = {"Parametrized", "PairwiseLoss", "FittedLayers", "Bottleneck"}
+NOT_OFFERED = {"PairwiseLoss", "FittedLayers", "Bottleneck"}
 """What others derive from, and what is made by a redesigner."""
 
 each_offer = pytest.mark.parametrize("name", OFFERED)

@@ -17,7 +17,7 @@ import distill_relational
 LOSSES = distill_relational.distill_losses()
 AUXILIARY_MODULES = distill_relational.distill_auxiliary_modules()
 OFFERED = {**LOSSES, **AUXILIARY_MODULES}
-NOT_OFFERED = {"Parametrized", "BatchRelationLoss", "RelationalLoss"}
+NOT_OFFERED = {"BatchRelationLoss", "RelationalLoss"}
 """What others derive from."""
 RELATES_SAMPLES = set(LOSSES) - {"FSPLoss"}
 
