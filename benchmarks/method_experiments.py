@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -41,28 +42,70 @@ class Schedule:
     teacher_epochs: int
 
 
-def digits(schedule: Schedule) -> Iterator[tuple[str, Document]]:
-    """Yield name and experiment of each method that the digits' models serve."""
+def digits(schedule: Schedule, runs: Path) -> Iterator[tuple[str, list[Document]]]:
+    """Yield name and experiments, one for each seed, of each method that the digits' models serve.
+
+    Args:
+        schedule: what all have alike.
+        runs: where ``digits_alone`` has run, whose teachers are taken.
+    """
     base = _read(ROOT / DIGITS)
     for file in sorted(ROOT.glob("plugins/*/examples/digits-*.yaml")):
         own = _read(file)
         names = [stage["name"] for stage in own["stages"]]
         is_same_pair = all(own["models"].get(n) == base["models"][n] for n in ("teacher", "alone"))
         if names[:2] == ["teacher", "alone"] and is_same_pair and len(names) > 2:
-            yield file.stem.removeprefix("digits-"), _brought(own, base, schedule)
+            brought = _brought(own, base, schedule)
+            found = [_behind(brought, seed, runs) for seed in schedule.seeds]
+            yield file.stem.removeprefix("digits-"), found
+
+
+def digits_alone(schedule: Schedule) -> list[Document]:
+    """Return what trains the teacher and the student alone, for each seed."""
+    base = _read(ROOT / DIGITS)
+    found = _brought(base, base, schedule)
+    return [
+        {
+            **found,
+            "name": f"alone-{seed}",
+            "seeds": [seed],
+            "stages": found["stages"][:2],
+            "test": {"dataset": "test"},
+        }
+        for seed in schedule.seeds
+    ]
+
+
+def _behind(brought: Document, seed: int, runs: Path) -> Document:
+    """Return what of a method's experiment comes behind teacher and student alone, for one seed."""
+    found = copy.deepcopy(brought)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "whole.yaml"
+        file.write_text(yaml.safe_dump(brought, sort_keys=False), "utf-8")
+        # What the first of these stages leaves out comes from those that are left out.
+        found["stages"][:3] = [distill.load(file).resolved["stages"][2]]
+    for name in ("teacher", "alone"):
+        trained = runs / f"alone-{seed}" / name / "last.safetensors"
+        found["models"][name] = {**found["models"][name], "checkpoint": str(trained)}
+    return {
+        **found,
+        "name": f"{found['name']}-{seed}",
+        "seeds": [seed],
+        "test": {"dataset": "test"},
+    }
 
 
 def _brought(own: Document, base: Document, schedule: Schedule) -> Document:
     """Return a method's experiment with teacher, student alone and epochs of all."""
     found = copy.deepcopy(own)
-    found["seeds"] = list(schedule.seeds)
     found["datasets"] = {**base["datasets"], **own["datasets"]}
     found["observers"] = []
     teacher, alone = copy.deepcopy(base["stages"][:2])
     _set_epochs(teacher, schedule.teacher_epochs)
     _set_epochs(alone, schedule.epochs)
     found["stages"][:2] = [teacher, alone]
-    _set_epochs(found["stages"][-1], schedule.epochs)
+    if len(found["stages"]) > 2:
+        _set_epochs(found["stages"][-1], schedule.epochs)
     return found
 
 
@@ -77,8 +120,8 @@ def _set_epochs(stage: Document, epochs: int) -> None:
         params["milestones"] = [round(m * epochs / before) for m in params["milestones"]]
 
 
-def cifar10(schedule: Schedule, root: Path, teacher: Path) -> Iterator[tuple[str, Document]]:
-    """Yield name and experiment of each preset for CIFAR-100 with its pair of networks.
+def cifar10(schedule: Schedule, root: Path, teacher: Path) -> Iterator[tuple[str, list[Document]]]:
+    """Yield name and experiments, one for each seed, of each preset with its pair of networks.
 
     Args:
         schedule: what all have alike.
@@ -92,7 +135,7 @@ def cifar10(schedule: Schedule, root: Path, teacher: Path) -> Iterator[tuple[str
         if {"cifar_resnet32x4", "cifar_resnet8x4"} - set(models.values()):
             continue
         found = _on_cifar10(own, root)
-        found.update(name=name, seeds=list(schedule.seeds), observers=[])
+        found["observers"] = []
         for model in found["models"].values():
             if "checkpoint" in model:
                 model["checkpoint"] = str(teacher)
@@ -100,7 +143,7 @@ def cifar10(schedule: Schedule, root: Path, teacher: Path) -> Iterator[tuple[str
             if "epochs" in stage:
                 share = schedule.epochs / base["stages"][-1]["epochs"]
                 _set_epochs(stage, max(1, round(stage["epochs"] * share)))
-        yield name.removeprefix("cifar100-"), found
+        yield name.removeprefix("cifar100-"), _for_each_seed(found, name, schedule)
 
 
 def cifar10_teacher(schedule: Schedule, root: Path) -> Document:
@@ -111,15 +154,19 @@ def cifar10_teacher(schedule: Schedule, root: Path) -> Document:
     return found
 
 
-def cifar10_alone(schedule: Schedule, root: Path) -> Document:
-    """Return the experiment that trains the student alone."""
+def cifar10_alone(schedule: Schedule, root: Path) -> list[Document]:
+    """Return the experiments that train the student alone, one for each seed."""
     found = _on_cifar10(_presets()[CIFAR], root)
     (stage,) = found["stages"]
     del stage["teacher"], found["models"]["teacher"]
-    found.update(name="alone", seeds=list(schedule.seeds), observers=[])
+    found["observers"] = []
     stage.update(name="alone", criterion={"ce": {"type": "CrossEntropyLoss"}})
     _set_epochs(stage, schedule.epochs)
-    return found
+    return _for_each_seed(found, "alone", schedule)
+
+
+def _for_each_seed(found: Document, name: str, schedule: Schedule) -> list[Document]:
+    return [{**found, "name": f"{name}-{seed}", "seeds": [seed]} for seed in schedule.seeds]
 
 
 def _on_cifar10(own: Document, root: Path) -> Document:

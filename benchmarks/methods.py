@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,15 +27,30 @@ from tempfile import TemporaryDirectory
 import torch
 import yaml
 from engine import epochs_by_distill
-from method_experiments import Document, Schedule, cifar10, cifar10_alone, cifar10_teacher, digits
+from method_experiments import (
+    Document,
+    Schedule,
+    cifar10,
+    cifar10_alone,
+    cifar10_teacher,
+    digits,
+    digits_alone,
+)
 from method_report import Row, percent, write_report
 from timing import taking_turns
 
 import distill
+from distill.forked import Forked
 
 KD = "kd"
 ALONE = "alone"
 TEACHER = "teacher"
+RUNS = "runs"
+LONGEST = 7 * 24 * 3600
+"""Seconds that the runs of a method may take."""
+
+Experiments = Mapping[str, list[Document]]
+"""One for each seed, by method."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +74,40 @@ class Outcome:
         return percent(self.of_last())
 
 
-def run_here(file: Path, runs: Path) -> Outcome:
-    """Run an experiment in this process."""
-    done = distill.run(distill.load(file), runs=runs)
+def run_here(files: Sequence[Path], runs: Path) -> Outcome:
+    """Run experiments, one for each seed, in this process."""
     accuracies: dict[str, list[float]] = {}
-    for result in done.stages:
-        if "accuracy" in result.test:
-            accuracies.setdefault(result.stage, []).append(result.test["accuracy"])
+    for file in files:
+        for result in distill.run(distill.load(file), runs=runs).stages:
+            if "accuracy" in result.test:
+                accuracies.setdefault(result.stage, []).append(result.test["accuracy"])
     if torch.cuda.is_available():
         return Outcome(accuracies, torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return Outcome(accuracies, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def run_apart(described: Document, folder: Path) -> Outcome | str:
-    """Run an experiment in a process of its own; return what it wrote where it fails."""
-    name = described["name"]
-    file, told = folder / f"{name}.yaml", folder / f"{name}.json"
-    file.write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
-    command = [sys.executable, __file__, "--run", str(file), str(folder / "runs"), str(told)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    if ended.returncode:
-        return (ended.stderr or ended.stdout).strip()[-2000:]
+def run_apart(described: Sequence[Document], folder: Path) -> Outcome | str:
+    """Run experiments in a process of their own; return what it wrote where it fails."""
+    files = [folder / f"{each['name']}.yaml" for each in described]
+    for file, each in zip(files, described, strict=True):
+        file.write_text(yaml.safe_dump(each, sort_keys=False), "utf-8")
+    told = files[0].with_suffix(".json")
+    arguments = ["--run", *map(str, (told, folder / RUNS, *files))]
+    code, written = Forked(__file__, arguments).wait(LONGEST)
+    if code:
+        return written.strip()[-2000:]
     return Outcome(**json.loads(told.read_text("utf-8")))
 
 
-def ratios_to_kd(experiments: Mapping[str, Document], turns: int) -> Iterator[tuple[str, float]]:
+def ratios_to_kd(
+    experiments: Mapping[str, list[Document]], turns: int
+) -> Iterator[tuple[str, float]]:
     """Yield what a step of each method takes, as a multiple of one of KD."""
     for name, described in experiments.items():
         with ExitStack() as stack:
             works: list[tuple[Callable[[], None], int]] = []
-            for each in (experiments[KD], described):
+            for each in (experiments[KD][0], described[0]):
                 folder = Path(stack.enter_context(TemporaryDirectory()))
                 works.append(epochs_by_distill(each, folder, stack))
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,7 +115,9 @@ def ratios_to_kd(experiments: Mapping[str, Document], turns: int) -> Iterator[tu
             yield name, (own / works[1][1]) / (plain / works[0][1])
 
 
-def compare(experiments: Mapping[str, Document], folder: Path, options: argparse.Namespace) -> None:
+def compare(
+    experiments: Mapping[str, list[Document]], folder: Path, options: argparse.Namespace
+) -> None:
     """Run all experiments, measure their steps, and write the report."""
 
     def told(name: str) -> Outcome | str:
@@ -126,14 +145,27 @@ def compare(experiments: Mapping[str, Document], folder: Path, options: argparse
     write_report(options.out, options.data, rows, alone, teacher, failed)
 
 
-def experiments_on_cifar10(schedule: Schedule, folder: Path, root: Path) -> Mapping[str, Document]:
+def experiments_on_digits(schedule: Schedule, folder: Path) -> Experiments:
+    """Train teachers and students alone, and return the experiments of all methods and of these."""
+    alone = digits_alone(schedule)
+    _trained("teachers and students alone", alone, folder)
+    return {ALONE: alone, **dict(digits(schedule, folder / RUNS))}
+
+
+def experiments_on_cifar10(schedule: Schedule, folder: Path, root: Path) -> Experiments:
     """Train the teacher, and return the experiments of all methods and of the student alone."""
-    trained = run_apart(cifar10_teacher(schedule, root), folder)
-    if isinstance(trained, str):
-        raise SystemExit(f"the teacher: {trained}")
-    teacher = folder / "runs" / "teacher" / "teacher" / "last.safetensors"
-    alone = {ALONE: cifar10_alone(schedule, root)}
-    return {**alone, **dict(cifar10(schedule, root, teacher))}
+    _trained("the teacher", [cifar10_teacher(schedule, root)], folder)
+    teacher = folder / RUNS / "teacher" / "teacher" / "last.safetensors"
+    return {
+        ALONE: cifar10_alone(schedule, root),
+        **dict(cifar10(schedule, root, teacher)),
+    }
+
+
+def _trained(what: str, described: Sequence[Document], folder: Path) -> None:
+    outcome = run_apart(described, folder)
+    if isinstance(outcome, str):
+        raise SystemExit(f"{what}: {outcome}")
 
 
 def main() -> None:
@@ -151,12 +183,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/methods"), help="where the report goes"
     )
-    parser.add_argument("--run", nargs=3, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs="+", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
     if options.run:
-        file, runs, told = options.run
-        told.write_text(json.dumps(asdict(run_here(file, runs))), "utf-8")
+        told, runs, *files = options.run
+        told.write_text(json.dumps(asdict(run_here(files, runs))), "utf-8")
         return
     on_digits = options.data == "digits"
     epochs = options.epochs or (40 if on_digits else 240)
@@ -164,7 +196,7 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = (
-            dict(digits(schedule))
+            experiments_on_digits(schedule, folder)
             if on_digits
             else experiments_on_cifar10(schedule, folder, options.root.resolve())
         )

@@ -207,6 +207,19 @@ def test_a_loss_that_needs_a_teacher_says_so_in_a_stage_without_one(experiment_t
     assert fault.endswith("ce: Distance needs a teacher, and stage 'teach' has none")
 
 
+def test_a_teacher_s_input_is_shown_by_a_name_that_the_stage_has(experiment_text, registry):
+    text = re.sub(r"teacher: (\{model: wide[^\n]*)", r"teachers: {first: \1}", experiment_text)
+    assert text != experiment_text
+    text = text.replace("teacher.body", "first.body")
+    text = text.replace("{type: MSELoss", "{type: Distance").replace("input: ", "student: ")
+    text = text.replace(", target: first.body", "")
+    faults = faults_of(text, registry)
+    assert any(
+        "Distance needs the input 'teacher'; wire it, e.g. inputs: {teacher: first" in f
+        for f in faults
+    ), faults
+
+
 def test_an_input_without_wiring_is_a_fault_that_shows_how(experiment_text, registry):
     text = experiment_text.replace(", target: teacher.body", "")
     (fault,) = faults_of(text, registry)

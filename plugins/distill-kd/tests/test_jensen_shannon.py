@@ -234,7 +234,7 @@ def test_labels_that_do_not_fit_are_refused_with_their_shapes():
 def test_printing_shows_every_parameter():
     assert repr(JensenShannonLoss(0.1)) == (
         "JensenShannonLoss(beta=0.1, temperature=1.0, scale_by_temperature=False, "
-        "reduction='positionmean', ignore_index=-100, class_dim=None)"
+        "reduction='positionmean', ignore_index=-100, standardize=False, class_dim=None)"
     )
 
 

@@ -412,3 +412,12 @@ def test_equals_what_the_authors_of_logit_standardisation_give_on_closed_form_lo
     student, teacher = 2 * torch.sin(0.7 * b + 1.3 * k), 2 * torch.cos(0.5 * b + 0.9 * k)
     value = KDLoss(2.0, alpha=0.0, standardize=True)(student.double(), teacher.double())
     assert value.item() == pytest.approx(0.128696, abs=1e-6)
+
+
+def test_with_sigmoid_a_class_that_the_teacher_excludes_is_answered_no():
+    teacher = torch.tensor([[1.0, -torch.inf]])
+    student = torch.zeros(1, 2, requires_grad=True)
+    loss = KDLoss(1.0, alpha=0.0, activation="sigmoid")(student, teacher)
+    low = KDLoss(1.0, alpha=0.0, activation="sigmoid")(student, teacher.clamp_min(-200))
+    assert loss.item() == pytest.approx(low.item())
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()

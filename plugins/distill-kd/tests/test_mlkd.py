@@ -205,7 +205,7 @@ class TestMLKDLoss(LossConformance):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"temperatures": []}, r"temperatures must be one at least, got \[\]"),
+        ({"temperatures": []}, r"temperatures must be a list of one at least, got \[\]"),
         ({"temperatures": [2.0, 0.0]}, r"temperature must be a finite number > 0, got 0\.0"),
         ({"beta": -1.0}, r"beta must be a finite number >= 0, got -1\.0"),
         ({"delta": math.inf}, "delta must be a finite number >= 0, got inf"),

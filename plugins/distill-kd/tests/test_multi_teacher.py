@@ -297,3 +297,12 @@ def test_the_example_gives_what_it_says():
     result = doctest.testmod(distill_kd.multi_teacher)
     assert result.attempted
     assert not result.failed
+
+
+@pytest.mark.parametrize("weighting", ["mean", "confidence", "entropy"])
+def test_equal_teachers_are_one_at_ignored_labels_too(weighting):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    targets = torch.tensor([0, -100, 2, -100, 1, 4])
+    loss = MultiTeacherKDLoss(weighting=weighting)(student, [teacher, teacher], targets)
+    torch.testing.assert_close(loss, KDLoss()(student, teacher, targets))

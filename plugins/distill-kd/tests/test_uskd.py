@@ -283,3 +283,15 @@ def test_gathering_takes_the_mean_over_the_samples_of_all_processes(monkeypatch)
         USKDLoss(gather="all")(student[at], weak[at], targets[at]) for at in (slice(3), slice(3, 6))
     ]
     torch.testing.assert_close(2 * halves[0] + 3 * halves[1], whole)
+
+
+def test_weak_logits_learn_in_parts_too(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, weak = (torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(5, (8,), generator=generator)
+    leaves = [student.requires_grad_(), weak.requires_grad_()]
+    whole = torch.autograd.grad(USKDLoss(mu=0.5)(*leaves, targets), leaves)
+    monkeypatch.setattr("distill_kd.logits.AT_ONCE", 10)
+    parts = torch.autograd.grad(USKDLoss(mu=0.5)(*leaves, targets), leaves)
+    assert whole[1].abs().sum() > 0
+    torch.testing.assert_close(parts, whole)

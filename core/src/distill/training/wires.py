@@ -190,8 +190,13 @@ class Wiring:
         kind = part.component.type or "the module"
         if name == TEACHER and not self.stage.teachers:
             return f"{kind} needs a teacher, and stage '{self.stage.name}' has none"
-        side = TEACHER if TEACHER in name else STUDENT
+        roles = list(self.stage.teachers)
+        side = STUDENT
+        if TEACHER in name:
+            side = roles[0] if roles and TEACHER not in roles else TEACHER
         example = f"{side}.layer2" if "feature" in name else side
+        if name == f"{TEACHER}s":  # a list of them
+            example = f"[{', '.join(roles or [TEACHER])}]"
         example = name if name in BATCH_VALUES else example
         return f"{kind} needs the input '{name}'; wire it, e.g. inputs: {{{name}: {example}}}"
 

@@ -176,7 +176,8 @@ class CTKDLoss(RowLoss):
             theta = self.theta
         else:
             logits = torch.cat([rows.teacher, rows.student], 1).detach()
-            theta = self.layers(logits.to(self.layers[0].weight.dtype))  # type: ignore[arg-type]
+            with torch.autocast(logits.device.type, enabled=False):
+                theta = self.layers(logits.to(self.layers[0].weight.dtype))  # type: ignore[arg-type]
         value = theta.detach()
         # The difference is 0 and has the gradient of theta.
         reversed_theta = value - (theta - value) * self.strength()

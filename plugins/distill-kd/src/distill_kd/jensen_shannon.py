@@ -15,6 +15,7 @@ from distill_kd.logits import (
     check_temperature,
     divergence,
     log_probabilities,
+    standardized,
 )
 
 Reduction = Literal["positionmean", "batchmean", "sum"]
@@ -45,6 +46,8 @@ class JensenShannonLoss(RowLoss):
         reduction: ``"positionmean"``, the mean over the positions that count; ``"batchmean"``, the
             sum over positions divided by B; or ``"sum"``.
         ignore_index: the label of positions that do not count, where targets are wired.
+        standardize: compare logits less their mean, in units of their standard deviation, which
+            must be finite.
         class_dim: the dimension of the classes; ``None`` for the last of three, else 1.
 
     Shape:
@@ -92,6 +95,7 @@ class JensenShannonLoss(RowLoss):
         scale_by_temperature: bool = False,
         reduction: Reduction = "positionmean",
         ignore_index: int = -100,
+        standardize: bool = False,
         class_dim: int | None = None,
     ) -> None:
         super().__init__(ignore_index, class_dim)
@@ -102,6 +106,7 @@ class JensenShannonLoss(RowLoss):
         self.temperature = temperature
         self.scale_by_temperature = scale_by_temperature
         self.reduction = reduction
+        self.standardize = standardize
 
     def forward(
         self,
@@ -121,8 +126,10 @@ class JensenShannonLoss(RowLoss):
 
     def row_losses(self, rows: Rows) -> Tensor:
         """Return the divergence of each row, (N)."""
-        student = log_probabilities(rows.student, self.temperature)
-        teacher = log_probabilities(rows.teacher, self.temperature)
+        sides = rows.student, rows.teacher
+        if self.standardize:
+            sides = standardized(rows.student), standardized(rows.teacher)
+        student, teacher = (log_probabilities(side, self.temperature) for side in sides)
         if self.beta == 0:
             return divergence(student, teacher)
         if self.beta == 1:

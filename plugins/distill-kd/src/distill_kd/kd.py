@@ -208,6 +208,7 @@ class KDLoss(RowLoss):
 
     def _of_each_class(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the sum over classes of what tells one yes-or-no answer from another, (N)."""
+        teacher = teacher.clamp_min(torch.finfo(teacher.dtype).min)  # 0 * -inf would be NaN
         found = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
         if self.soft_term == "kl":
             found = found - F.binary_cross_entropy_with_logits(

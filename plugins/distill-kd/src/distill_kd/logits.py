@@ -89,6 +89,18 @@ class Rows:
             student, teacher = student.where(kept, 0.0), teacher.where(kept, 0.0)
         return Rows(student, teacher, self.labels, soft, self.counted)
 
+    def labelled(self, owner: object) -> Rows:
+        """Return the rows, which have labels.
+
+        Raises:
+            ValueError: if they have none.
+        """
+        if self.labels is None and self.soft is None:
+            raise ValueError(
+                f"{type(owner).__name__} needs targets, got None; KDLoss does without labels"
+            )
+        return self
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """Return what a function makes of each of the tensors."""
         tensors = (getattr(self, field.name) for field in fields(self))
@@ -180,7 +192,7 @@ class RowLoss(LogitLoss):
         if rows.student.numel() <= AT_ONCE or len(rows.student) == 1:
             return self.row_losses(rows.wide())
         own = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        found: Tensor = _InParts.apply(self, rows, rows.student, *own)
+        found: Tensor = _InParts.apply(self, rows, rows.student, rows.teacher, *own)
         return found
 
 
@@ -188,29 +200,40 @@ class _InParts(torch.autograd.Function):
     """Losses of parts of the rows; the gradient of each goes where that of all is to be."""
 
     @staticmethod
-    def forward(ctx: Any, loss: RowLoss, rows: Rows, student: Tensor, *own: Tensor) -> Tensor:
-        ctx.loss, ctx.rows = loss, replace(rows, student=student.detach())
-        ctx.save_for_backward(student, *own)
+    def forward(
+        ctx: Any, loss: RowLoss, rows: Rows, student: Tensor, teacher: Tensor, *own: Tensor
+    ) -> Tensor:
+        ctx.loss = loss
+        ctx.rows = replace(rows, student=student.detach(), teacher=teacher.detach())
+        ctx.save_for_backward(*own)
         return torch.cat([loss.row_losses(ctx.rows.part(some).wide()) for some in _parts(student)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        student, *own = ctx.saved_tensors
-        gradient = torch.empty_like(student)
+        own, whole = ctx.saved_tensors, {}
+        # What stands for the teacher may train too, such as a weak head of the student.
+        for name, needed in zip(("student", "teacher"), ctx.needs_input_grad[2:4], strict=True):
+            if needed:
+                whole[name] = torch.empty_like(getattr(ctx.rows, name))
         of_own = [torch.zeros_like(parameter) for parameter in own]
-        for some in _parts(student):
+        for some in _parts(ctx.rows.student):
             rows = ctx.rows.part(some)
-            leaf = rows.student.detach().requires_grad_()
+            leaves = {name: getattr(rows, name).detach().requires_grad_() for name in whole}
             with torch.enable_grad():
-                losses = ctx.loss.row_losses(replace(rows, student=leaf).wide())
-            first, *others = torch.autograd.grad(
-                losses, [leaf, *own], outer[some], allow_unused=True, materialize_grads=True
+                losses = ctx.loss.row_losses(replace(rows, **leaves).wide())
+            found = torch.autograd.grad(
+                losses,
+                [*leaves.values(), *own],
+                outer[some],
+                allow_unused=True,
+                materialize_grads=True,
             )
-            gradient[some] = first
-            for total, more in zip(of_own, others, strict=True):
-                total += more
-        return (None, None, gradient, *of_own)
+            for total, part in zip(whole.values(), found, strict=False):
+                total[some] = part
+            for total, part in zip(of_own, found[len(whole) :], strict=True):
+                total += part
+        return (None, None, whole.get("student"), whole.get("teacher"), *of_own)
 
 
 def _parts(logits: Tensor) -> list[slice]:
@@ -242,7 +265,7 @@ class LabelledLoss(RowLoss):
         self, student: Tensor, teacher: Tensor, targets: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
-        rows = self.rows(student, teacher, targets, mask)
+        rows = self.rows(student, teacher, targets, mask).labelled(self)
         if rows.soft is not None and self.soft_targets == "error":
             raise ValueError(
                 f"{type(self).__name__} needs one label for each position, got class probabilities "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from distill.parameters import check, check_choice, check_factor
 from distill_kd.batch_logits import (
@@ -116,7 +117,8 @@ class MLKDLoss(LogitLoss):
         class_dim: int | None = None,
     ) -> None:
         super().__init__(ignore_index, class_dim)
-        check(self, "temperatures", temperatures, len(temperatures) > 0, "one at least")
+        is_list = isinstance(temperatures, (list, tuple)) and len(temperatures) > 0
+        check(self, "temperatures", temperatures, is_list, "a list of one at least")
         for temperature in temperatures:
             check_temperature(self, temperature)
         for name, factor in (("beta", beta), ("gamma", gamma), ("delta", delta)):
@@ -183,5 +185,26 @@ class MLKDLoss(LogitLoss):
 
 
 def _product_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Return the sum of squared differences between the products of every two rows."""
-    return (first @ first.T - second @ second.T).square().sum()
+    """Return the sum of squared differences between the products of every two rows.
+
+    The matrix of these is there once at a time: it is computed again for the backward.
+    """
+    found: Tensor = _ProductDistance.apply(first, second)
+    return found
+
+
+class _ProductDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        return _products(first, second).square_().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        first, second = ctx.saved_tensors
+        return _products(first, second) @ first * (4 * outer), None
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    return torch.mm(second, second.T).neg_().addmm_(first, first.T)

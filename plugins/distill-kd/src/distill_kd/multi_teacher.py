@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -175,10 +176,15 @@ class MultiTeacherKDLoss(LogitLoss):
         for teacher in teachers:
             dtype = torch.promote_types(dtype, teacher.dtype)
         labels = targets if self.weighting == "confidence" else None
-        rows = [self.rows(teacher, teacher, labels).wide() for teacher in teachers]
+        labelled = [self.rows(teacher, teacher, labels) for teacher in teachers]
+        # Positions whose label is to be ignored have a soft term all the same.
+        rows = [replace(one, counted=None).wide() for one in labelled]
         softened = [log_probabilities(one.teacher.to(dtype), self.temperature) for one in rows]
+        weights = self._weights(rows, dtype)
+        if (kept := labelled[0].counted) is not None:
+            weights = weights.where(kept, 1 / len(rows))
         mean = torch.zeros_like(softened[0])
-        for weight, one in zip(self._weights(rows, dtype), softened, strict=True):
+        for weight, one in zip(weights, softened, strict=True):
             mean += weight[:, None] * (one if self.average == "logits" else one.exp())
         found = self.temperature * (mean if self.average == "logits" else mean.log())
         dim = self._classes_in(student)

@@ -114,7 +114,7 @@ class VirtualTeacherLoss(RowLoss):
 
     def forward(self, student: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
-        rows = self.rows(student, student, targets, mask)
+        rows = self.rows(student, student, targets, mask).labelled(self)
         virtual, hard = self.losses_of(rows).unbind(1)
         virtual = rows.total(virtual) / divisor(self.reduction, rows, len(student))
         return torch.add(virtual * self.beta, rows.mean(hard), alpha=self.alpha)

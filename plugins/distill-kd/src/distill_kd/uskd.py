@@ -209,7 +209,7 @@ class USKDLoss(RowLoss):
                 f"USKDLoss: student and weak logits must have the same shape, got student "
                 f"{tuple(student.shape)} and weak {tuple(weak.shape)}"
             )
-        rows = self.rows(student, student, targets, mask)
+        rows = self.rows(student, student, targets, mask).labelled(self)
         # The rows' teacher is the weak logits here, which learn.
         rows = replace(rows, teacher=class_rows(weak, self._classes_in(weak)))
         losses = self.losses_of(rows)

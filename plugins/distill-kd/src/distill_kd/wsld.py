@@ -103,7 +103,7 @@ class WSLDLoss(RowLoss):
         self, student: Tensor, teacher: Tensor, targets: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
-        rows = self.rows(student, teacher, targets, mask)
+        rows = self.rows(student, teacher, targets, mask).labelled(self)
         return rows.mean(self.losses_of(rows)) * (self.alpha * self.temperature**2)
 
     def row_losses(self, rows: Rows) -> Tensor:
