@@ -1,9 +1,10 @@
 """Each method's experiment, brought to the same pair of models, data, schedule and seeds.
 
 ``digits`` takes the plugins' examples on the bundled digits, ``cifar10`` their presets for
-CIFAR-100, with CIFAR-10 in its place. Data, models, teacher, student alone and epochs are those of
-one file for all; of each method's own file remain the stages behind those, with their losses,
-weights, modules and wrappers of data.
+CIFAR-100, with CIFAR-10 in its place. Data, models, teacher, student alone and the epochs of the
+last stage are those of one file for all; presets keep their optimizers and augmentation, and their
+epochs are all scaled alike. Of each method's own file remain the stages behind those, with their
+losses, weights, modules and wrappers of data.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def digits(schedule: Schedule, runs: Path) -> Iterator[tuple[str, list[Document]
             brought = _brought(own, base, schedule)
             found = [_behind(brought, seed, runs) for seed in schedule.seeds]
             yield file.stem.removeprefix("digits-"), found
+        else:
+            print(f"{file.stem}: left out, with another teacher, another student or none alone")
 
 
 def digits_alone(schedule: Schedule) -> list[Document]:

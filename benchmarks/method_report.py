@@ -86,7 +86,7 @@ def plot(rows: Sequence[Row], alone: Sequence[float]) -> Figure:
     ]
     axes.errorbar(means, range(len(rows)), xerr=spreads, fmt="o", capsize=3, color="tab:blue")
     axes.axvline(100 * mean(alone), color="tab:gray", linestyle="--")
-    axes.text(100 * mean(alone), len(rows) - 0.4, "student alone", ha="center", color="tab:gray")
+    axes.text(100 * mean(alone), len(rows) - 0.3, " student alone", color="tab:gray")
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.7, len(rows) + 0.2)
     axes.set_xlabel("accuracy on test data, %")

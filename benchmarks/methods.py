@@ -130,9 +130,11 @@ def compare(
     with ThreadPoolExecutor(options.jobs) as pool:
         found = dict(zip(experiments, pool.map(told, experiments), strict=True))
     outcomes = {name: outcome for name, outcome in found.items() if isinstance(outcome, Outcome)}
+    if ALONE not in outcomes or KD not in outcomes:
+        raise SystemExit("\n".join(str(found[name]) for name in (ALONE, KD)))
     measured = {name: experiments[name] for name in outcomes if name != ALONE}
     ratios = dict(ratios_to_kd(measured, options.turns)) if options.turns else {}
-    alone = next(o.accuracies[ALONE] for o in outcomes.values() if ALONE in o.accuracies)
+    alone = outcomes[ALONE].accuracies[ALONE]
     teacher = next(
         (o.accuracies["teacher"] for o in outcomes.values() if "teacher" in o.accuracies), []
     )
@@ -200,6 +202,8 @@ def main() -> None:
             if on_digits
             else experiments_on_cifar10(schedule, folder, options.root.resolve())
         )
+        if unknown := set(options.only or ()) - set(found):
+            parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(found)}")
         keep = {KD, ALONE, *(options.only or found)}
         compare({name: found[name] for name in found if name in keep}, folder, options)
 
