@@ -94,7 +94,9 @@ def run_apart(described: Sequence[Document], folder: Path) -> Outcome | str:
         file.write_text(yaml.safe_dump(each, sort_keys=False), "utf-8")
     told = files[0].with_suffix(".json")
     arguments = ["--run", *map(str, (told, folder / RUNS, *files))]
-    code, written = Forked(__file__, arguments).wait(LONGEST)
+    process = Forked(__file__, arguments)
+    code, written = process.wait(LONGEST)
+    process.kill()
     if code:
         return written.strip()[-2000:]
     return Outcome(**json.loads(told.read_text("utf-8")))

@@ -67,5 +67,7 @@ def test_every_link_of_the_readme_leads_to_a_file() -> None:
 
 def _run(folder: Path, target: str, *arguments: str, is_module: bool = False) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code, told = Forked(target, arguments, environment, folder, is_module).wait(timeout=300)
+    process = Forked(target, arguments, environment, folder, is_module)
+    code, told = process.wait(timeout=300)
+    process.kill()
     assert code == 0, f"{target} {arguments}\n{told}"

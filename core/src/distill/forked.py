@@ -51,15 +51,17 @@ class Forked:
         """Return its exit code and what it wrote; it is killed after so many seconds."""
         self.process.join(timeout)
         if self.process.exitcode is None:
-            self.kill()
+            self.process.kill()
+            self.process.join()
         text = Path(self._told).read_text("utf-8", errors="replace")
         code = self.process.exitcode
         return (1 if code is None else code), text
 
     def kill(self) -> None:
-        """End it, if it has not ended."""
+        """End it, if it has not ended, and forget what it wrote."""
         self.process.kill()
         self.process.join()
+        Path(self._told).unlink(missing_ok=True)
 
 
 def _preloaded() -> list[str]:
