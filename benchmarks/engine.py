@@ -20,8 +20,8 @@ from distill.data.source import Source
 from distill.registry import SINGULAR, Entry, Registry
 from distill.training.build import Builder
 from distill.training.loop import Loop
-from distill.training.optimizer import build_optimization
 from distill.training.prepared import prepare
+from distill.training.ready import make_ready
 from distill.training.seed_run import SeedRun
 
 Train = Callable[[list[Batch]], None]
@@ -32,6 +32,7 @@ def by_distill(
     folder: Path,
     stack: ExitStack,
     datasets: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    models: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> Train:
     """Return a function that trains the only stage of an experiment on batches.
 
@@ -40,8 +41,9 @@ def by_distill(
         folder: for files on the way.
         stack: what holds for as long as the function is used.
         datasets: name -> factory, beside what is installed.
+        models: likewise.
     """
-    run = _opened(described, folder, datasets)
+    run = opened(described, folder, datasets, models)
     loop, _, _ = last_loop(run, stack)
 
     def train(batches: list[Batch]) -> None:
@@ -57,7 +59,7 @@ def epochs_by_distill(
 
     Stages before it are put together, not trained. Batches are read once, ahead.
     """
-    run = _opened(described, folder, MappingProxyType({}))
+    run = opened(described, folder)
     loop, source, plan = last_loop(run, stack)
     batches = list(training_batches(source, plan, seed=0, epoch=0))
     return lambda: _train(loop, batches), plan.steps
@@ -69,30 +71,33 @@ def last_loop(run: SeedRun, stack: ExitStack) -> tuple[Loop, Source, Plan]:
     for stage in stages[:-1]:
         with ExitStack() as passing:
             prepare(run, stage, passing)
-    prepared = prepare(run, stages[-1], stack)
-    assembly = prepared.assembly
-    assert assembly.distiller is not None
-    criterion = assembly.distiller.criterion
-    trained = assembly.trained()
-    optimization = build_optimization(run.builder, stages[-1], trained, run.device, criterion)
-    loop = Loop(assembly.distiller, optimization, run.device, seed=0, stage=stages[-1].name)
-    return loop, prepared.source, prepared.plan
+    ready = make_ready(run, prepare(run, stages[-1], stack), stack)
+    return ready.loop, ready.source, ready.plan
 
 
-def _opened(
-    described: Mapping[str, Any], folder: Path, datasets: Mapping[str, Callable[..., Any]]
+def opened(
+    described: Mapping[str, Any],
+    folder: Path,
+    datasets: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    models: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> SeedRun:
+    """Return a run of an experiment, with data sets and models beside what is installed."""
     file = folder / "experiment.yaml"
     file.write_text(yaml.safe_dump(dict(described)))
     experiment = distill.load(file)
     installed = distill.plugins()
     entries = [entry for kind in SINGULAR for entry in installed.entries(kind)]
-    more = [Entry("datasets", name, made, "benchmark") for name, made in datasets.items()]
+    offered = {"datasets": datasets, "models": models}
+    more = [
+        Entry(kind, name, made, "benchmark")
+        for kind, factories in offered.items()
+        for name, made in factories.items()
+    ]
     builder = Builder(experiment, Registry([*entries, *more], installed.records))
     device = distributed.device(experiment.device)
-    models = {name: builder.model(name, 0) for name in experiment.models}
+    built = {name: builder.model(name, 0) for name in experiment.models}
     sources = {name: builder.source(name) for name in experiment.datasets}
-    return SeedRun(builder, 0, device, folder, lambda *_: None, models, sources)
+    return SeedRun(builder, 0, device, folder, lambda *_: None, built, sources)
 
 
 def _train(loop: Loop, batches: list[Batch]) -> None:

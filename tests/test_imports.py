@@ -24,17 +24,18 @@ WITHOUT_TORCH = [
     "distill.registry",
     "distill.signature",
 ]
-ROOMS = ["builtin", "training", "model", "data", "config"]
+ROOMS = ["builtin", "training", "model", "store", "data", "config"]
 MAY_IMPORT = {
     "config": {"config"},
     "data": {"data"},
-    "model": {"model", "data"},
-    "training": {"training", "model", "data", "config"},
+    "store": {"store"},
+    "model": {"model", "store", "data"},
+    "training": {"training", "model", "store", "data", "config"},
     "builtin": {"builtin"},
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
-# `distill --help` spares torch, and whoever does not shard spares FSDP, which takes a second.
-LAZY = {"__init__", "cli", "cli_plugins", "parallel"}
+# `distill --help` spares torch, who does not shard FSDP, and `distill check` what writes events.
+LAZY = {"__init__", "cli", "cli_data", "cli_plugins", "cli_store", "parallel", "tensorboard"}
 
 
 def _module(file: Path) -> str:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import yaml
@@ -77,7 +78,9 @@ def test_a_command_is_one_that_exists(readme: Path, text: str) -> None:
         program, command, *arguments = shlex.split(line.removeprefix("$ "), comments=True)
         assert program in ("pip", "distill")
         if program == "distill":
-            done = CliRunner().invoke(main, [command, "--help"])
+            is_group = isinstance(main.commands.get(command), click.Group)
+            named = [command, arguments[0]] if is_group else [command]
+            done = CliRunner().invoke(main, [*named, "--help"])
             assert done.exit_code == 0, done.output
             options = [argument for argument in arguments if argument.startswith("-")]
             assert all(re.search(rf"(^|[ ,]){option}\b", done.output) for option in options)

@@ -198,3 +198,26 @@ def test_a_stage_and_a_run_end_with_their_results():
         "| table |",
         "(on val, one seed)",
     ]
+
+
+PROFILE = {
+    "forward of teacher": {"seconds": 0.0125, "share": 0.25},
+    "step": {"seconds": 0.05, "share": 1.0},
+}
+
+
+def test_a_stage_ends_with_its_speed_and_where_its_time_went():
+    known = {"samples_per_second": 1234.5, "teacher_share": 0.254, "peak_memory": 3 * 2**29}
+    result = StageResult(1, "kd", "thin", 10, 2, 3.0, profile=PROFILE, **known)
+    text = printed(("stage_end", StageEnd(Position(1, 1), result, [Path("last.safetensors")])))
+    assert text.splitlines()[1:] == [
+        "  speed: 1,234 samples/s, teachers 25 % of a step, peak memory 1.50 GiB",
+        "  | part of a step     |    median |   share |",
+        "  | ------------------ | --------: | ------: |",
+        "  | forward of teacher | 12.500 ms |  25.0 % |",
+        "  | step               | 50.000 ms | 100.0 % |",
+        "  student: last.safetensors",
+    ]
+    slow = StageResult(1, "kd", "thin", 10, 2, 3.0, samples_per_second=2.345)
+    text = printed(("stage_end", StageEnd(Position(1, 1), slow, [Path("last.safetensors")])))
+    assert "  speed: 2.35 samples/s\n" in text

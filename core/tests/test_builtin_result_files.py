@@ -209,3 +209,40 @@ def test_the_report_has_what_it_takes_to_repeat_and_use_the_run(tmp_path):
     assert "mine.py==" not in report
     (stored,) = json.loads((folder / "results.json").read_text())
     assert stored["test"] == {"accuracy": 0.5}
+
+
+def test_the_report_has_each_stage_s_speed_and_where_the_time_of_profiled_ones_went(tmp_path):
+    known = {"samples_per_second": 1234.5, "teacher_share": 0.254, "peak_memory": 300 * 2**20}
+    profile = {"backward": {"seconds": 0.0125, "share": 1.0}}
+    results = [
+        StageResult(1, "a", "thin", 5, 2, 2.0, peak_memory=2**20),
+        StageResult(1, "b", "thin", 5, 2, 3600.25, profile=profile, **known),
+    ]
+    record(start(tmp_path), [("run_end", RunEnd(results, "| table |", "on val, one seed"))])
+    report = (tmp_path / "report.md").read_text()
+    speed = [
+        "## Speed",
+        "",
+        "| stage |  training | samples/s | teachers' share of a step | peak memory |",
+        "| ----- | --------: | --------: | ------------------------: | ----------: |",
+        "| a     |     2.0 s |         – |                         – |       1 MiB |",
+        "| b     | 3,600.2 s |     1,234 |                      25 % |     300 MiB |",
+    ]
+    assert "\n".join(speed) in report
+    assert "what the process takes at most, with what" in report
+    assert report.count("### Where the time of a step goes") == 1
+    assert "goes: b, seed 1\n\n| part of a step |    median |   share |" in report
+    assert "| backward       | 12.500 ms | 100.0 % |" in report
+    assert "waited for the GPU" not in report
+
+
+def test_the_report_of_a_run_on_gpus_says_whose_memory_it_is_and_that_a_profile_waits(tmp_path):
+    environment = {**ENVIRONMENT, "gpu": "H100", "processes": 2}
+    profile = {"step": {"seconds": 0.0125, "share": 1.0}}
+    results = [StageResult(seed, "a", "thin", 5, 2, 2.0, profile=profile) for seed in (1, 2)]
+    event = start(tmp_path, seeds=[1, 2], environment=environment)
+    record(event, [("run_end", RunEnd(results, "| table |", "on val, 2 seeds"))])
+    report = (tmp_path / "report.md").read_text()
+    assert "| stage | seed | training |" in report
+    assert "what tensors take on the GPU at most, of the process that takes most" in report
+    assert report.count("Each part waited for the GPU") == 2

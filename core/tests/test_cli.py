@@ -149,10 +149,10 @@ def test_check_with_data_opens_data_and_runs_two_samples(distill, exp, experimen
 
 
 def test_run_eval_and_inspect_of_a_small_experiment(distill, exp):
-    result = distill(
-        "run", exp, "-s", "stages.teach.epochs=1", "-s", "observers=[Console, ResultFiles]"
-    )
+    observers = "observers=[Console, ResultFiles]"
+    result = distill("run", exp, "--profile", "-s", "stages.teach.epochs=1", "-s", observers)
     assert result.exit_code == 0, result.output
+    assert result.stdout.count("| part of a step ") == 2
     assert "| teach  | wide" in result.stdout
     assert (exp.parent / "runs/toy/report.md").exists()
     measured = distill("eval", "runs/toy")
@@ -170,10 +170,10 @@ def test_run_eval_and_inspect_of_a_small_experiment(distill, exp):
 
 
 def test_processes_are_not_handed_on():
-    from distill.cli import _without_processes
+    from distill.launcher import without_processes
 
     given = ["run", "exp.yaml", "--processes", "2", "-s", "a=1", "--processes=3"]
-    assert _without_processes(given) == ["run", "exp.yaml", "-s", "a=1"]
+    assert without_processes(given) == ["run", "exp.yaml", "-s", "a=1"]
 
 
 def test_an_interruption_says_how_to_go_on(distill, exp, monkeypatch):

@@ -64,3 +64,45 @@ def test_seeded_block_draws_from_its_position_and_leaves_the_generators_as_they_
     assert draws() == undisturbed
     with randomness.seeded(3, "model"):
         assert draws() == first
+
+
+INDEX, FIRST = torch.arange(4000), torch.zeros(4000, dtype=torch.long)
+
+
+def test_numbers_of_a_batch_are_uniform_from_0_to_below_1():
+    drawn = randomness.uniforms(5, INDEX, FIRST, 16)
+    assert (drawn.dtype, drawn.shape) == (torch.float32, (4000, 16))
+    assert (drawn.min() >= 0, drawn.max() < 1) == (True, True)
+    counts = (drawn * 64).long().flatten().bincount(minlength=64).double()
+    squared = ((counts - 1000).square() / 1000).sum()
+    assert 63 - 5 * 11.2 < squared < 63 + 5 * 11.2  # chi squared, of 63 degrees of freedom
+    per_column = (drawn < 0.5).sum(0)
+    assert (per_column - 2000).abs().max() < 5 * 31.6
+
+
+def test_numbers_of_columns_samples_repeats_and_bases_do_not_go_together():
+    later = torch.ones_like(FIRST)
+    drawn = randomness.uniforms(5, INDEX, FIRST, 4)
+    others = [drawn.roll(1, 0), drawn.roll(1, 1)]  # the sample before, the column before
+    others += [randomness.uniforms(5, INDEX, later, 4), randomness.uniforms(6, INDEX, FIRST, 4)]
+    others += [randomness.uniforms(5, FIRST + 1, INDEX, 4)]
+    for other in others:
+        together = torch.corrcoef(torch.stack([drawn.flatten(), other.flatten()]))[0, 1]
+        assert abs(together) < 5 / drawn.numel() ** 0.5
+        assert (drawn == other).double().mean() < 0.001
+
+
+def test_numbers_depend_on_the_sample_and_not_on_its_batch():
+    drawn = randomness.uniforms(5, INDEX, INDEX % 3, 4)
+    chosen = torch.tensor([17, 3, 17, 3999])
+    alone = randomness.uniforms(5, chosen, chosen % 3, 4)
+    assert torch.equal(alone, drawn[chosen])
+    assert torch.equal(randomness.uniforms(5, chosen, chosen % 3, 2), drawn[chosen, :2])
+    assert randomness.uniforms(5, chosen, torch.tensor([-1, 0, 1, 2]), 0).shape == (4, 0)
+    negative = randomness.uniforms(5, chosen[:2], torch.tensor([-1, -2]), 1)
+    assert negative.unique().numel() == 2
+
+
+def test_numbers_of_a_batch_never_change_between_versions():
+    drawn = randomness.uniforms(7, torch.tensor([3]), torch.tensor([1]), 2)
+    assert (drawn * 2**24).long().tolist() == [[2000454, 4022021]]

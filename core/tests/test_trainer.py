@@ -273,7 +273,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_step_and_keeps_what_was(
     (first, *_) = run.plan(run.builder.experiment.stages[1]).draw(0, 0)
     assert said.startswith(
         "stage 'stage1', step 1: the term 'bad' is inf, for samples "
-        f"{', '.join(map(str, first))}. The weights are as they were before this step"
+        f"{', '.join(map(str, first))}. This step was not followed"
     )
     assert load_state(run.checkpoint)["stage"] == 1
     assert moved(run.models["mlp"], before) == set()

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from distill.cli_data import data
 from distill.cli_errors import Group
-from distill.cli_options import plugin_option, remote_code_option, set_option
+from distill.cli_options import plugin_option, remote_code_option, set_option, stores_option
 from distill.cli_plugins import cat, cp, ls, plugins
+from distill.cli_quick import quick
+from distill.cli_store import store
 from distill.config.controlled import ALL
 from distill.config.experiment import CONTROLS
-from distill.errors import ConfigError, UsageError
-
-if TYPE_CHECKING:
-    from distill.config.experiment import Experiment
-    from distill.registry import Registry
+from distill.errors import UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -34,7 +33,7 @@ def main() -> None:
     """
 
 
-for command in (plugins, ls, cat, cp):
+for command in (plugins, ls, cat, cp, data, store):
     main.add_command(command)
 
 
@@ -59,6 +58,13 @@ for command in (plugins, ls, cat, cp):
     "May be given several times.",
 )
 @click.option("--runs", default="runs", show_default=True, help="Folder the run's folder goes to.")
+@stores_option
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Time every part of every step, print where the time goes after each stage and put it "
+    "into report.md. On a GPU each part then waits for it, which makes steps slower.",
+)
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
@@ -73,6 +79,8 @@ def run(
     scale_lr: int | None,
     controls: Sequence[str],
     runs: str,
+    stores: Path,
+    profile: bool,
     processes: int | None,
 ) -> None:
     """Run an experiment, or go on with one that was stopped.
@@ -80,7 +88,9 @@ def run(
     Everything goes to runs/<name>/: metrics, TensorBoard events, checkpoints, the students as
     safetensors, and report.md.
     """
-    experiment, registry = _open(file, overrides, plugin_files)
+    from distill.experiment_file import open_experiment
+
+    experiment, registry = open_experiment(file, overrides, plugin_files)
     if scale_lr is not None:
         from distill.config.lr_scaling import scale_learning_rates
 
@@ -88,16 +98,24 @@ def run(
         if os.environ.get("RANK", "0") == "0" and processes is None:
             click.echo("\n".join(lines))
     if processes is not None and "RANK" not in os.environ:
-        from distill.launcher import launch
+        from distill.launcher import launch, without_processes
         from distill.runner import check_to_run
 
         allowed = {"allow_remote_code": allow_remote_code}
         check_to_run(experiment, registry, controls=controls, **allowed)
-        sys.exit(launch(processes, _without_processes(sys.argv[1:])))
+        sys.exit(launch(processes, without_processes(sys.argv[1:])))
     from distill.runner import run as run_experiment
 
     allowed = {"allow_remote_code": allow_remote_code}
-    run_experiment(experiment, registry=registry, runs=runs, controls=controls, **allowed)
+    run_experiment(
+        experiment,
+        registry=registry,
+        runs=runs,
+        controls=controls,
+        profile=profile,
+        stores=stores,
+        **allowed,
+    )
 
 
 @main.command()
@@ -108,6 +126,7 @@ def run(
 @click.option(
     "--data", is_flag=True, help="Open data sets and checkpoints too, and run two samples."
 )
+@quick()
 def check(
     file: Path,
     overrides: Sequence[str],
@@ -119,7 +138,11 @@ def check(
 
     Models are built without memory; data, checkpoints and weights are looked at only with --data.
     """
-    experiment, registry = _open(file, overrides, plugin_files)
+    from distill.experiment_file import open_experiment
+
+    experiment, registry = open_experiment(file, overrides, plugin_files)
+    if data:
+        gc.enable()  # what two samples leave behind may be large
     from distill.runner import check as check_experiment
     from distill.training.check import refusals
 
@@ -168,7 +191,9 @@ def evaluate(
 
     directory = source if source.is_dir() else None
     file = source / "resolved.yaml" if directory else source
-    experiment, registry = _open(file, overrides, plugin_files)
+    from distill.experiment_file import open_experiment
+
+    experiment, registry = open_experiment(file, overrides, plugin_files)
     choice = Choice(model, stage, seed, weights)
     allowed = {"allow_remote_code": allow_remote_code}
     module, described = trained_model(experiment, registry, choice, directory, **allowed)
@@ -192,6 +217,7 @@ def evaluate(
 @set_option
 @plugin_option
 @remote_code_option
+@quick()
 def inspect(
     source: str,
     shape: str | None,
@@ -210,7 +236,9 @@ def inspect(
 
     given = _shape(shape) if shape else None
     if source.endswith((".yaml", ".yml")) or Path(source).is_file():
-        experiment, registry = _open(Path(source), overrides, plugin_files)
+        from distill.experiment_file import open_experiment
+
+        experiment, registry = open_experiment(Path(source), overrides, plugin_files)
         shown = models_of_file(
             experiment, registry, model, given, allow_remote_code=allow_remote_code
         )
@@ -221,40 +249,6 @@ def inspect(
         shown = [named_model(registry, source, params, given, allow_remote_code=allow_remote_code)]
     for text in (table(entry) for entry in shown):
         click.echo(text)
-
-
-def _open(
-    file: Path, overrides: Sequence[str], plugin_files: Sequence[Path]
-) -> tuple[Experiment, Registry]:
-    """Load plugins and file; report the frame's faults together with those of the components."""
-    from distill.config.load import draft
-    from distill.config.overrides import override_experiment
-    from distill.config.yaml_document import read
-    from distill.plugins import plugins as load_plugins
-
-    experiment, faults = draft(override_experiment(read(file), overrides))
-    registry = load_plugins(plugin_files)
-    if faults:
-        if experiment is not None:
-            from distill.training.check import check as find_faults
-
-            faults += find_faults(experiment, registry)
-        raise ConfigError(faults)
-    assert experiment is not None
-    return experiment, registry
-
-
-def _without_processes(arguments: Sequence[str]) -> list[str]:
-    """Return the command line for one of several processes."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip or argument.startswith("--processes="):
-            skip = False
-        elif argument == "--processes":
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
 
 
 def _shape(text: str) -> list[int]:

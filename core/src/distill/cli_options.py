@@ -41,3 +41,14 @@ def remote_code_option(command: Callable[..., Any]) -> Callable[..., Any]:
         is_flag=True,
         help="Let components fetch code from elsewhere and run it; `distill check` lists them.",
     )(command)
+
+
+def stores_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--stores DIR``."""
+    return click.option(
+        "--stores",
+        default="stores",
+        show_default=True,
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder with stored outputs of teachers.",
+    )(command)

@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 
 from distill.cli_options import plugin_option
+from distill.cli_quick import quick
 from distill.registry import SINGULAR
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @plugin_option
+@quick()
 def plugins(as_json: bool, plugin_files: Sequence[Path]) -> None:
     """List installed plugins, what they bring, and what is wrong with the broken ones.
 
@@ -42,6 +44,7 @@ def plugins(as_json: bool, plugin_files: Sequence[Path]) -> None:
 @click.command()
 @click.argument("text", default="")
 @plugin_option
+@quick()
 def ls(text: str, plugin_files: Sequence[Path]) -> None:
     """List presets: ready experiment files that plugins bring.
 
@@ -63,6 +66,7 @@ def ls(text: str, plugin_files: Sequence[Path]) -> None:
 @click.command()
 @click.argument("name")
 @plugin_option
+@quick()
 def cat(name: str, plugin_files: Sequence[Path]) -> None:
     """Print the preset NAME; its comments say what it needs and what is to be expected of it."""
     from distill.plugins import plugins as load_plugins
@@ -76,6 +80,7 @@ def cat(name: str, plugin_files: Sequence[Path]) -> None:
 @click.argument("file", type=click.Path(path_type=Path), default=Path())
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
 @plugin_option
+@quick()
 def cp(name: str, file: Path, force: bool, plugin_files: Sequence[Path]) -> None:
     """Copy the preset NAME to FILE, a file or an existing folder.  [default: ./NAME.yaml]
 

@@ -111,6 +111,19 @@ def distill_batch_transforms() -> Components:  # type: ignore[empty-body]
 
 
 @hookspec
+def distill_batched_transforms() -> Components:  # type: ignore[empty-body]
+    """Forms of this plugin's transforms for a whole batch: ``(**params) -> callable or None``.
+
+    Under the name of a transform and with its parameters: ``callable(inputs, draws) -> inputs``,
+    which does to a batch of tensors (B, ...) what the transform does to each input, by draws of
+    each one's own, float32 (B, ``draws``) on the CPU, uniform in [0, 1). Its attributes: ``draws``,
+    how many it needs; ``pointwise``, whether each value comes from one alone, in the same bits
+    wherever it is applied; ``takes(value)``, whether it can be done to a batch of such inputs.
+    ``None`` says that there is no such form with these parameters.
+    """
+
+
+@hookspec
 def distill_samplers() -> Components:  # type: ignore[empty-body]
     """Samplers: ``(dataset, **params) -> Iterable[int]`` with a length.
 
@@ -168,6 +181,16 @@ def distill_schedulers() -> Components:  # type: ignore[empty-body]
 @hookspec
 def distill_observers() -> Components:  # type: ignore[empty-body]
     """Observers of a run: ``(**params) -> Observer``, told of run, stage, epoch and step."""
+
+
+@hookspec
+def distill_packers() -> Components:  # type: ignore[empty-body]
+    """What ``distill data pack --format NAME`` writes with: ``(size, quality, workers) -> packer``.
+
+    ``packer(dataset, folder, source, progress) -> text`` writes every ``Sample`` of a data set to a
+    folder and returns what a file writes to read it. ``source``, what the data set is made from, is
+    plain data for ``meta.json``; ``progress(done)`` is called after each sample.
+    """
 
 
 @hookspec

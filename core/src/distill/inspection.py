@@ -121,7 +121,7 @@ def models_of_file(
     builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
     if shape is None:
         source = builder.source(experiment.stages[0].data.train)
-        inputs = sample_batch(source, 2, experiment.seeds[0]).inputs
+        inputs = sample_batch(source, 2, experiment.seeds[0]).to("cpu").inputs
     else:
         inputs = torch.zeros(2, *shape)
     chosen = [name for name in experiment.models if only in (None, name)]

@@ -42,3 +42,16 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         _, failure = error.get_first_failure()
         return int(failure.exitcode) if failure.exitcode > 0 else 70
     return 0
+
+
+def without_processes(arguments: Sequence[str]) -> list[str]:
+    """Return the command line for one of several processes."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith("--processes="):
+            skip = False
+        elif argument == "--processes":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept

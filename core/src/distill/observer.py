@@ -141,6 +141,14 @@ class StageResult:
         best: metrics of the best epoch.
         best_epoch: its number from 1, 0 without validation data.
         test: metrics of the kept student on the test data.
+        seconds: of training, without measuring.
+        samples_per_second: over them, of all processes together.
+        teacher_share: of a step's time, measured on steps with a log line; ``None`` without
+            teachers, or if no such step was taken.
+        peak_memory: bytes that tensors took on a GPU at most, else that the process took so far;
+            of several processes, of the one that took most. 0 if it is not known.
+        profile: in a profiled run, part of a step -> its median ``seconds`` and its ``share`` of
+            the time; ``step`` is the whole. Of the steps since the run was last started.
     """
 
     seed: int
@@ -154,6 +162,10 @@ class StageResult:
     best_epoch: int = 0
     test: Numbers = field(default_factory=dict)
     teachers: Mapping[str, Numbers] = field(default_factory=dict)
+    samples_per_second: float = 0.0
+    teacher_share: float | None = None
+    peak_memory: int = 0
+    profile: Mapping[str, Numbers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ SINGULAR = {
     "dataset_wrappers": "data set wrapper",
     "transforms": "transform",
     "batch_transforms": "batch transform",
+    "batched_transforms": "batched transform",
     "samplers": "sampler",
     "batch_samplers": "batch sampler",
     "collates": "collate function",
@@ -27,6 +28,7 @@ SINGULAR = {
     "optimizers": "optimizer",
     "schedulers": "scheduler",
     "observers": "observer",
+    "packers": "packer",
     "presets": "preset",
 }
 """Every kind of thing on offer, and what one of it is called in messages."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,7 +29,7 @@ from distill.run_directory import GIVEN, RESOLVED, open_run, resolved_text, seed
 from distill.summary import READING, control_table, measured_on, summary_table
 from distill.trained import Choice, find_stage, trained_model
 from distill.training.around import special_module
-from distill.training.build import Builder
+from distill.training.build import STORES, Builder
 from distill.training.check import check as find_faults
 from distill.training.check import refusals
 from distill.training.checkpoint import load_state
@@ -39,7 +40,9 @@ from distill.training.prepared import prepare
 from distill.training.rehearsal import rehearse_measuring
 from distill.training.reuse import Origin, can_be_taken
 from distill.training.seed_run import SeedRun, Tell
+from distill.training.stored_stage import may_stay_unloaded
 from distill.training.trainer import train_stage
+from distill.undrawn import Undrawn
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,11 @@ def check(
     if data:
         check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
         builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
-        device = _device(experiment)
+        device = chosen_device(experiment)
         rehearse_all(builder, open_sources(builder), device)
         return
-    faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
+    with Undrawn():
+        faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
     if faults:
         raise ConfigError(faults)
 
@@ -142,6 +146,8 @@ def run(
     runs: str | os.PathLike[str] = "runs",
     allow_remote_code: bool = False,
     controls: Iterable[str] = (),
+    profile: bool = False,
+    stores: str | os.PathLike[str] = STORES,
 ) -> Result:
     """Run every stage for every seed, or what of it a stopped run has left to do.
 
@@ -151,18 +157,23 @@ def run(
         runs: the folder in which the run's own folder ``<name>`` is made.
         allow_remote_code: whether components may fetch code from elsewhere and run it.
         controls: what to put in the teachers' place in further runs, in folders in the run's own.
+        profile: whether to time every part of every step; on a GPU each part then waits for it.
+        stores: the folder in which outputs of teachers are stored.
 
     Raises:
         DistillError: with a message for the user.
     """
     registry = registry or plugins()
-    allowed = {"allow_remote_code": allow_remote_code}
-    given = check_to_run(experiment, registry, controls=controls, **allowed)
-    builder = Builder(experiment, registry, **allowed)
-    others = {name: Builder(other, registry, **allowed) for name, other in given.items()}
-    device = _device(experiment)
+    given = check_to_run(
+        experiment, registry, controls=controls, allow_remote_code=allow_remote_code
+    )
+    build = partial(
+        Builder, registry=registry, allow_remote_code=allow_remote_code, stores=Path(stores)
+    )
+    builder, others = build(experiment), {name: build(other) for name, other in given.items()}
+    device = chosen_device(experiment)
     distributed.join(device)
-    return _run(builder, Path(runs), device, {}, others)
+    return _run(builder, Path(runs), device, {}, others, profiles=profile)
 
 
 def _run(
@@ -172,6 +183,8 @@ def _run(
     sources: dict[str, Source],
     controls: Mapping[Control, Builder] = MappingProxyType({}),
     compared_with: Result | None = None,
+    *,
+    profiles: bool = False,
 ) -> Result:
     """Run an experiment in its folder, and then with controls in folders in there.
 
@@ -182,6 +195,7 @@ def _run(
         sources: opened data sets; if there are none, they are opened.
         controls: builders of the same experiment with controls, by control.
         compared_with: of what complete run this is the same with a control.
+        profiles: whether to time every part of a step.
     """
     experiment = builder.experiment
     with open_run(runs, experiment) as directory:
@@ -198,14 +212,16 @@ def _run(
             for seed in experiment.seeds:
                 folder = seed_directory(directory, experiment, seed)
                 state = states[seed]
-                results += _run_seed(builder, seed, device, folder, tell, sources, state, origin)
+                results += _run_seed(
+                    builder, seed, device, folder, tell, sources, state, origin, profiles=profiles
+                )
             table = summary_table(experiment, results, _no_fractions(builder))
             tell("run_end", RunEnd(results, table, measured_on(experiment)))
             distributed.barrier()  # what the main process has written is there for all others
             done = Result(
                 experiment, builder.registry, directory, results, table, builder.allow_remote_code
             )
-            return _with_controls(done, builder, controls, device, sources, tell)
+            return _with_controls(done, builder, controls, device, sources, tell, profiles=profiles)
 
 
 def _with_controls(
@@ -215,12 +231,14 @@ def _with_controls(
     device: torch.device,
     sources: dict[str, Source],
     tell: Tell,
+    *,
+    profiles: bool = False,
 ) -> Result:
     """Run a complete run again with each control, and compare."""
     if not controls:
         return done
     by_control: dict[str, Result] = {
-        name: _run(other, done.directory, device, sources, compared_with=done)
+        name: _run(other, done.directory, device, sources, compared_with=done, profiles=profiles)
         for name, other in controls.items()
     }
     table = control_table(
@@ -274,7 +292,7 @@ def evaluate(
         hint = did_you_mean(dataset or "", known) or f" (there are: {', '.join(known)})"
         raise UsageError(f"{asked} {experiment.document.file}{hint}")
     builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
-    device = _device(experiment)
+    device = chosen_device(experiment)
     seed = experiment.seeds[0]
     source = {dataset: builder.source(dataset)}
     run = SeedRun(builder, seed, device, Path(), _tell_nobody, {}, source)
@@ -289,7 +307,12 @@ def evaluate(
     return dataset, measure(model, source[dataset], metrics, how, specials=specials)
 
 
-def _device(experiment: Experiment) -> torch.device:
+def chosen_device(experiment: Experiment) -> torch.device:
+    """Return the device an experiment runs on.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
     try:
         return distributed.device(experiment.device)
     except DistillError as error:
@@ -313,15 +336,15 @@ def open_sources(builder: Builder) -> dict[str, Source]:
 def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.device) -> None:
     """Run two samples through every stage, so that the last one fails now and not in a week."""
     seed = builder.experiment.seeds[0]
-    models = _models(builder, seed)
-    run = SeedRun(builder, seed, device, Path(), _tell_nobody, models, dict(sources))
+    run = begin(builder, seed, device, sources)
     experiment = builder.experiment
     for stage in experiment.stages:
         with ExitStack() as stack:
             assembly = prepare(run, stage, stack).assembly
             peers = list(stage.measured_peers)
             place = stage.places.get("data.validate", stage.path)
-            roles, entries = [*assembly.roles, *peers], stage.metrics
+            roles = [role for role in (*assembly.roles, *peers) if role not in assembly.absent]
+            entries = stage.metrics
             measured = [(name, roles, entries, place) for name in stage.data.validate]
             if experiment.test is not None:
                 test = experiment.test
@@ -342,10 +365,13 @@ def _run_seed(
     sources: dict[str, Source],
     state: Mapping[str, Any] | None,
     origin: Origin | None,
+    *,
+    profiles: bool = False,
 ) -> list[StageResult]:
     if _is_complete(builder.experiment, state):
         return _results(state)
-    run = SeedRun(builder, seed, device, directory, tell, _models(builder, seed), sources)
+    run = begin(builder, seed, device, sources, directory, tell)
+    run.profiles = profiles
     first = 0
     if state is not None:
         first = state["stage"]
@@ -363,10 +389,27 @@ def _run_seed(
     return run.results
 
 
-def _models(builder: Builder, seed: int) -> dict[str, nn.Module]:
+def _tell_nobody(event: str, content: Any) -> None:
+    """Drop an event: nobody watches a rehearsal."""
+
+
+def begin(
+    builder: Builder,
+    seed: int,
+    device: torch.device,
+    sources: Mapping[str, Source],
+    directory: Path = Path(),
+    tell: Tell = _tell_nobody,
+) -> SeedRun:
+    """Begin a run; teachers that may turn out not to be needed are left out of memory."""
     stages = builder.experiment.stages
-    used = [name for stage in stages for name in stage.models]
-    return {name: builder.model(name, seed) for name in dict.fromkeys(used)}
+    used = dict.fromkeys(name for stage in stages for name in stage.models)
+    unloaded = {name for name in used if may_stay_unloaded(builder, name)}
+    models = {}
+    for name in used:
+        with torch.device("meta") if name in unloaded else nullcontext():
+            models[name] = builder.model(name, seed)
+    return SeedRun(builder, seed, device, directory, tell, models, dict(sources), unloaded=unloaded)
 
 
 def _saved_states(experiment: Experiment, directory: Path) -> dict[int, Mapping[str, Any] | None]:
@@ -417,10 +460,6 @@ def _observed(builder: Builder) -> Iterator[Tell]:
     finally:
         for observer in observers:
             observer.close()
-
-
-def _tell_nobody(event: str, content: Any) -> None:
-    """Drop an event: nobody watches a rehearsal."""
 
 
 def _run_start(

@@ -4,7 +4,13 @@ import torchvision
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
-from distill_datasets_vision import Digits, ImageFiles, ImageMaskFolders, distill_datasets
+from distill_datasets_vision import (
+    Digits,
+    ImageFiles,
+    ImageMaskFolders,
+    Packed,
+    distill_datasets,
+)
 
 
 def test_every_torchvision_data_set_is_offered_by_its_name():
@@ -15,7 +21,12 @@ def test_every_torchvision_data_set_is_offered_by_its_name():
         and issubclass(member, Dataset)
         and member not in (VisionDataset, torchvision.datasets.DatasetFolder)
     }
-    own = {"Digits": Digits, "ImageFiles": ImageFiles, "ImageMaskFolders": ImageMaskFolders}
+    own = {
+        "Digits": Digits,
+        "ImageFiles": ImageFiles,
+        "ImageMaskFolders": ImageMaskFolders,
+        "Packed": Packed,
+    }
     offered = distill_datasets()
     assert offered.keys() == concrete.keys() | own.keys()
     assert all(offered[name] is own[name] for name in own)

@@ -7,6 +7,7 @@ import distill_datasets_vision as plugin
     "hook",
     [
         "distill_batch_transforms",
+        "distill_batched_transforms",
         "distill_dataset_wrappers",
         "distill_datasets",
         "distill_models",

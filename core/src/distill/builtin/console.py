@@ -19,6 +19,7 @@ from distill import (
     StageStart,
     StepEnd,
 )
+from distill.builtin.speed import profile_table, speed_line
 
 SECONDS_BETWEEN_PLAIN_LINES = 30
 MOST_METRICS_IN_A_LINE = 4
@@ -117,9 +118,15 @@ class Console(Observer):
             self._line(f"    {_count(len(event.skipped), 'sample')} skipped, e.g. {index}: {why}")
 
     def stage_end(self, event: StageEnd) -> None:
-        """Show the test result and where the student lies."""
+        """Show the test result, how fast it was, and where the student lies."""
         if event.result.test:
             self._line(f"  test:{_after(event.result.test, apart=' ')}")
+        speed = speed_line(event)
+        if speed:
+            self._line(f"  speed: {speed}")
+        if event.result.profile:
+            table = profile_table(event.result.profile).replace("\n", "\n  ")
+            self._line(f"  {table}")
         self._line(f"  student: {event.files[0]}")
 
     def run_end(self, event: RunEnd) -> None:

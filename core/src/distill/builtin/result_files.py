@@ -20,6 +20,7 @@ from distill import (
     StageStart,
     StepEnd,
 )
+from distill.builtin.speed import profile_table, speed_table
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -170,6 +171,13 @@ def _report(
         f"## Results\n\n{end.table}\n\nMeasured {end.measured_on}.",
         *([_comparison(folder, controls)] if controls is not None else []),
         "## Training\n\n" + _code("\n".join(_command(session) for session in sessions)),
+        "## Speed\n\n" + _speed(end, environment),
+        *(
+            f"### Where the time of a step goes: {result.stage}, seed {result.seed}\n\n"
+            + _profile(result.profile, environment)
+            for result in end.results
+            if result.profile
+        ),
         "## Evaluation\n\n" + _code(_evaluation(folder, environment["command"])),
         "## Trained students\n\nEach model alone, for `load_state_dict(strict=True)`:\n\n"
         + "\n".join(f"- `{file}`" for file in students),
@@ -178,6 +186,21 @@ def _report(
         "## Experiment file\n\n" + _code(start.files["experiment.yaml"].rstrip(), "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _speed(end: RunEnd, environment: Mapping[str, Any]) -> str:
+    memory = "what tensors take on the GPU" if environment["gpu"] else "what the process takes"
+    processes = ", of the process that takes most" if environment["processes"] > 1 else ""
+    return (
+        f"{speed_table(end)}\n\nTraining is without measuring; samples are those of all "
+        "processes. The teachers' share is measured on steps with a log line. Peak memory is "
+        f"{memory} at most{processes}, with what stages before have left."
+    )
+
+
+def _profile(profile: Mapping[str, Mapping[str, float]], environment: Mapping[str, Any]) -> str:
+    waits = "\n\nEach part waited for the GPU, so these steps took longer than others."
+    return profile_table(profile) + (waits if environment["gpu"] else "")
 
 
 def _comparison(folder: Path, controls: ControlsEnd) -> str:

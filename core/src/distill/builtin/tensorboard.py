@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING
 
 from distill import EpochEnd, EvaluationEnd, Observer, RunEnd, RunStart, StepEnd
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoard(Observer):
@@ -19,6 +21,10 @@ class TensorBoard(Observer):
 
     def run_start(self, event: RunStart) -> None:
         """Remember where to write."""
+        # Here, since a check of a file, which writes nothing, need not wait for it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open = SummaryWriter
         self._root: Path = event.directory / "tensorboard"
         self._writers: dict[tuple[int, str], SummaryWriter] = {}
         self._files = event.files
@@ -57,7 +63,7 @@ class TensorBoard(Observer):
 
     def run_end(self, event: RunEnd) -> None:
         """Write the table and the experiment as text."""
-        writer = SummaryWriter(str(self._root))
+        writer = self._open(str(self._root))
         writer.add_text("results", f"{event.table}\n\n({event.measured_on})")
         for name, text in self._files.items():
             writer.add_text(name, "```yaml\n" + text + "\n```")
@@ -71,7 +77,7 @@ class TensorBoard(Observer):
     def _writer(self, seed: int, stage: str) -> SummaryWriter:
         key = (seed, stage)
         if key not in self._writers:
-            self._writers[key] = SummaryWriter(str(self._root / f"seed-{seed}" / stage))
+            self._writers[key] = self._open(str(self._root / f"seed-{seed}" / stage))
         return self._writers[key]
 
     @staticmethod

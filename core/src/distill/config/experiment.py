@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from distill.config.teaching import Fast
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import ConfigError, Fault, did_you_mean
 from distill.reference import STUDENT, Reference, Wires
+from distill.store_settings import Store
 from distill.weight_schedule import WeightSchedule
 
 
@@ -100,11 +102,19 @@ RANDOM_TEACHER: Control = "random_teacher"
 
 @dataclass(frozen=True)
 class Teacher(Role):
-    """A model in the teacher's role; ``control`` is what stands in its place there."""
+    """A model in the teacher's role.
+
+    Attributes:
+        control: what stands in its place there.
+        store: how its outputs are kept and read again; ``None`` for not at all.
+        fast: the faster form that runs in its place; ``None`` for the model as it is.
+    """
 
     mode: Literal["eval", "train"]
     min_accuracy: float | None
     control: Control | None = None
+    store: Store | None = None
+    fast: Fast | None = None
 
     @property
     def instance(self) -> str:
@@ -174,6 +184,10 @@ class Data:
         sampler: which samples in which order; ``None`` for a new permutation every epoch.
         batch_sampler: which samples together, in place of ``sampler`` and ``batch_size``.
         batch_transforms: of a batch's inputs and targets, e.g. MixUp.
+        views: so many augmented views there are of each sample, the same whenever they are drawn;
+            ``None`` for new ones every epoch.
+        views_at_once: so many of them come one after the other, from one reading of the sample.
+        in_memory: whether samples are kept as they are before augmentation.
         prefetch: batches each worker prepares ahead.
         pin_memory: ``None`` for wherever a GPU is used.
         worker_timeout: seconds.
@@ -187,6 +201,9 @@ class Data:
     sampler: Component | None
     batch_sampler: Component | None
     batch_transforms: tuple[Component, ...]
+    views: int | None
+    views_at_once: int
+    in_memory: bool
     workers: int
     prefetch: int
     pin_memory: bool | None

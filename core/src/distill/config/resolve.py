@@ -47,6 +47,7 @@ from distill.config.stage_settings import (
     optimizer,
     schedulers,
 )
+from distill.config.teaching import fast, store
 from distill.config.yaml_document import Document, Path
 from distill.errors import Fault, did_you_mean
 from distill.reference import each_reference
@@ -203,12 +204,18 @@ def _teachers(resolver: Resolver, draft: StageDraft) -> dict[str, Teacher]:
             mode=given.get("mode", "eval"),
             min_accuracy=given.get("min_accuracy"),
             control=given.get("control"),
+            store=store(given.get("store")),
+            fast=fast(given.get("fast")),
         )
         resolver.known((*path, "model"), "model", given["model"], "models")
         unmeasured = draft.values["data"].get("validate") is None
         unmeasured = unmeasured and not is_gap(resolver, draft, "data.validate")
         if teachers[role].min_accuracy is not None and unmeasured:
             resolver.fault((*path, "min_accuracy"), "needs data.validate to measure on")
+        for key in ("store", "fast"):
+            if getattr(teachers[role], key) is not None and teachers[role].mode == "train":
+                message = "is for a teacher in mode: eval, whose outputs depend on the sample alone"
+                resolver.fault((*path, key), message)
     return teachers
 
 

@@ -11,6 +11,7 @@ from distill.config.experiment import CONTROLS
 from distill.config.yaml_document import Document, Path, path_text
 from distill.errors import Fault, did_you_mean
 from distill.signature import show
+from distill.store_settings import ENCODINGS
 
 Schema = dict[str, Any]
 
@@ -72,12 +73,32 @@ DATASET = _mapping(
 MODEL = _mapping(
     {**_PARTS, "checkpoint": TEXT, "seed": SEED, "redesign": COMPONENT_OR_NAME}, "type"
 )
+STORE: Schema = {
+    **_mapping({"encoding": {"enum": [*ENCODINGS]}, "top": COUNT, "temperature": POSITIVE}),
+    "type": ["boolean", "object", "null"],
+}
+DEVICE: Schema = {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?|mps)$"}
+PRECISION: Schema = {"enum": ["fp32", "bf16", "fp16"]}
+FAST: Schema = {
+    **_mapping(
+        {
+            "fold_batchnorm": FLAG,
+            "channels_last": FLAG,
+            "precision": PRECISION,
+            "compile": FLAG,
+            "device": DEVICE,
+        }
+    ),
+    "type": ["boolean", "object", "null"],
+}
 TEACHER = _mapping(
     {
         **ROLE,
         "mode": {"enum": ["eval", "train"]},
         "min_accuracy": {"type": "number", "minimum": 0, "maximum": 1},
         "control": {"enum": [*CONTROLS, None]},
+        "store": STORE,
+        "fast": FAST,
     },
     "model",
 )
@@ -128,6 +149,9 @@ DATA = _mapping(
         "sampler": COMPONENT_OR_NONE,
         "batch_sampler": COMPONENT_OR_NONE,
         "batch_transforms": COMPONENTS,
+        "views": {**COUNT, "type": ["integer", "null"]},
+        "views_at_once": COUNT,
+        "in_memory": FLAG,
         "workers": FROM_ZERO,
         "prefetch": COUNT,
         "pin_memory": {"type": ["boolean", "null"]},
@@ -159,7 +183,7 @@ STAGE = _mapping(
         "optimizer": OPTIMIZER,
         "scheduler": {**SCHEDULER, "type": ["object", "array", "null"], "items": SCHEDULER},
         "clip": _or_null(_mapping({"norm": POSITIVE, "value": POSITIVE}, minProperties=1)),
-        "precision": {"enum": ["fp32", "bf16", "fp16"]},
+        "precision": PRECISION,
         "channels_last": FLAG,
         "compile": {"type": ["array", "null"], "items": NAMED, "uniqueItems": True},
         "ema": _or_null(
@@ -184,7 +208,7 @@ EXPERIMENT: Schema = {
             "name": {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
             "seed": SEED,
             "seeds": {"type": "array", "items": SEED, "minItems": 1, "uniqueItems": True},
-            "device": {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?|mps)$"},
+            "device": DEVICE,
             "log_every": COUNT,
             "datasets": _named(DATASET, minProperties=1),
             "models": _named(MODEL, minProperties=1),

@@ -148,6 +148,8 @@ def check_settings(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
     _check_samplers(resolver, draft, stage)
     _check_measuring(resolver, draft, stage)
     _check_compiled(resolver, stage)
+    _check_views(resolver, draft, stage)
+    _check_stores(resolver, stage)
 
 
 def _check_samplers(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
@@ -157,6 +159,36 @@ def _check_samplers(resolver: Resolver, draft: StageDraft, stage: Stage) -> None
     if stage.data.batch_sampler and stage.data.drop_last:
         place = draft.places.get("data.drop_last", draft.path)
         resolver.fault(place, "a batch sampler itself says which batches there are")
+
+
+def _check_stores(resolver: Resolver, stage: Stage) -> None:
+    for teacher in stage.teachers.values():
+        if teacher.store is not None and stage.parallel == "fsdp":
+            message = (
+                "under parallel: fsdp all processes have to run a teacher together, which with a "
+                "store each does only where rows are missing; use parallel: ddp"
+            )
+            resolver.fault((*teacher.path, "store"), message)
+
+
+def _check_views(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
+    data = stage.data
+    if data.views_at_once > 1 and (data.views or 0) % data.views_at_once:
+        place = draft.places.get("data.views_at_once", draft.path)
+        resolver.fault(place, f"'views' must be a multiple of it, and is {data.views}")
+    if data.views_at_once > 1 and data.views is None:
+        place = draft.places.get("data.views_at_once", draft.path)
+        resolver.fault(place, "needs data.views: how many there are of each sample")
+    for key in ("sampler", "batch_sampler"):
+        component = getattr(data, key)
+        place = draft.places.get(f"data.{key}", draft.path)
+        if component and data.views and (data.batch_transforms or data.views_at_once > 1):
+            other = "batch_transforms" if data.batch_transforms else "views_at_once"
+            message = (
+                f"together with data.views and data.{other} the order is distill's own, in which "
+                "each view of a sample comes once"
+            )
+            resolver.fault(place, message)
 
 
 def _check_measuring(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:

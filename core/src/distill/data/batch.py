@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from distill.data.batched import Pending
+
 IMAGES = 4
 """Dimensions of a batch of images, which may lie in memory with the channels last."""
 
@@ -55,6 +57,11 @@ class Batch:
         lead: so many samples in front belong to another process's part.
         skipped: samples that could not be read, with the reason.
         sizes: how many samples of the global batch each process has; empty outside training.
+        view: which of its fixed views each sample is, int64 (B,); ``None`` where views are not
+            fixed.
+        fingerprint: of what each sample's models are given, int64 (B,), where it is asked for.
+        stored: teacher's role -> what a store has of it for these samples.
+        pending: transforms that ``to`` applies to the inputs, where they are; ``None`` for none.
     """
 
     inputs: Any
@@ -66,6 +73,10 @@ class Batch:
     lead: int = 0
     skipped: Sequence[tuple[int, str]] = ()
     sizes: Sequence[int] = ()
+    view: torch.Tensor | None = None
+    fingerprint: torch.Tensor | None = None
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    pending: Pending | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -77,8 +88,16 @@ class Batch:
         non_blocking: bool = False,
         memory_format: torch.memory_format | None = None,
     ) -> Batch:
-        """Return the batch with every tensor on ``device``, images in ``memory_format``."""
-        placed = self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        """Return the batch with every tensor on ``device``, images in ``memory_format``.
+
+        Its inputs then are what the models are given: nothing is pending any more.
+
+        Raises:
+            DataError: if a transform that is pending fails.
+        """
+        placed = self.map(lambda t: t.to(device, non_blocking=non_blocking))
+        if self.pending is not None:
+            placed = replace(placed, inputs=self.pending(placed.inputs), pending=None)
         if memory_format is None:
             return placed
         inputs = map_tensors(
@@ -89,15 +108,17 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by the DataLoader)."""
-        return self._map(lambda t: t.pin_memory())
+        return self.map(lambda t: t.pin_memory())
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Return the batch with a function applied to each of its tensors."""
         return replace(
             self,
             inputs=map_tensors(function, self.inputs),
             targets=map_tensors(function, self.targets),
             index=function(self.index),
             extras=map_tensors(function, self.extras),
+            stored=map_tensors(function, self.stored),
         )
 
 

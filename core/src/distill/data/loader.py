@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import sleep
 from typing import Any, Literal
 
@@ -12,8 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill import distributed, randomness
 from distill.data.batch import Batch, Sample
+from distill.data.batched import Pending
+from distill.data.fingerprint import fingerprint
+from distill.data.kept import Kept, Place
 from distill.data.plan import Key, Plan
-from distill.data.source import Source
+from distill.data.source import Source, alike
 from distill.data.worker_reading import IDLE, Reading
 from distill.errors import DataError
 
@@ -54,14 +58,26 @@ def training_batches(
     seed: int,
     epoch: int,
     lead: int = 0,
+    fingerprints: Fingerprints | None = None,
 ) -> Iterator[Batch]:
     """Yield this process's part of each global batch of one epoch.
+
+    Args:
+        source: the data.
+        plan: which samples in which batch.
+        loading: how they are read.
+        seed: of the run.
+        epoch: of the stage, from 0.
+        lead: samples of the neighbouring part that each part needs in front.
+        fingerprints: of what in each sample a fingerprint is taken, ``None`` for none.
 
     Raises:
         DataError: if a sample cannot be read or put into a batch, or a worker dies or hangs.
     """
     parts = list(plan.parts(seed, epoch, lead))
-    batches = _batches(source, [part.keys for part in parts], loading, seed, epoch)
+    keys = [part.keys for part in parts]
+    how = _Reading(seed, epoch, plan.views is not None, plan.views_at_once > 1, fingerprints)
+    batches = _batches(source, keys, loading, how)
     for batch, part in zip(batches, parts, strict=True):
         yield replace(
             batch, share=part.share, lead=part.lead, ends_step=part.ends_step, sizes=part.sizes
@@ -91,7 +107,8 @@ def evaluation_batches(
     parts = [[(i, 0) for i in own[start : start + local]] for start in range(0, len(own), local)]
     most = -(-len(range(0, len(source), world)) // local)  # of process 0
     fill = most - len(parts) if in_step else 0
-    batches = _batches(source, [*parts, *[[(0, 0)]] * fill], loading, seed, EVALUATION)
+    keys = [*parts, *[[(0, 0)]] * fill]
+    batches = _batches(source, keys, loading, _Reading(seed, EVALUATION))
     before: Batch | None = None
     for number, batch in enumerate(batches):
         if in_step and (number >= len(parts) or len(batch) == 0):
@@ -106,11 +123,37 @@ def evaluation_batches(
 
 
 def sample_batch(
-    source: Source, size: int, seed: int, on_bad_sample: Literal["raise", "skip"] = "raise"
+    source: Source,
+    size: int,
+    seed: int,
+    on_bad_sample: Literal["raise", "skip"] = "raise",
+    *,
+    views: bool = False,
 ) -> Batch:
-    """Return the first ``size`` samples, or as many as there are."""
+    """Return the first ``size`` samples, or as many as there are; of fixed views the first."""
     keys = [(index, 0) for index in range(min(size, len(source)))]
-    return next(_batches(source, [keys], Loading(on_bad_sample=on_bad_sample), seed, 0))
+    loading = Loading(on_bad_sample=on_bad_sample)
+    return next(_batches(source, [keys], loading, _Reading(seed, 0, views)))
+
+
+Fingerprints = Literal["inputs", "all"]
+"""What of a sample a fingerprint is of: its inputs, or targets and extras too."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the samples of an epoch come to be.
+
+    Attributes:
+        has_views: whether keys name fixed views of samples.
+        reads_once: whether views of one sample that follow one another share its reading.
+    """
+
+    seed: int
+    epoch: int
+    has_views: bool = False
+    reads_once: bool = False
+    fingerprints: Fingerprints | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +166,9 @@ class _Item:
     sample: Sample | None
     error: str = ""
     skipped: tuple[tuple[int, str], ...] = ()
+    view: int | None = None
+    fingerprint: int | None = None
+    left: int = 0  # transforms that are still to be applied
 
 
 @dataclass(frozen=True)
@@ -130,28 +176,25 @@ class _Seeded(Dataset[_Item]):
     """A source whose samples look the same whenever they are read at one place of the run."""
 
     source: Source
-    seed: int
-    epoch: int
+    how: _Reading
     skips: bool
     reading: Reading
+    latest: dict[int, Sample] = field(default_factory=dict)
 
     def __getitem__(self, key: Key) -> _Item:
         skipped: list[tuple[int, str]] = []
         index, repeat = key
         while True:
             self.reading.note(index)
-            # One that stands in is not to look as in its own place.
-            place = -1 - key[0] if skipped else repeat
-            randomness.seed_sample(self.seed, self.epoch, index, place)
             try:
-                return _Item(self.source.read(index), skipped=tuple(skipped))
+                return self._item(index, repeat, -1 - key[0] if skipped else repeat, skipped)
             except DataError as error:
                 if not self.skips:
                     return _Item(None, str(error))
                 skipped.append((index, str(error)))
             finally:
                 self.reading.note(IDLE)
-            if self.epoch == EVALUATION:
+            if self.how.epoch == EVALUATION:
                 return _Item(None, skipped=tuple(skipped))
             if len(skipped) == min(LONGEST_GAP, len(self.source)):
                 return _Item(
@@ -159,13 +202,47 @@ class _Seeded(Dataset[_Item]):
                 )
             index = (index + 1) % len(self.source)
 
+    def _item(self, index: int, view: int, place: int, skipped: list[tuple[int, str]]) -> _Item:
+        """Read a sample; one that stands in, at a place of its own, is not to look as in its own.
+
+        Of a fixed view there is but one look.
+        """
+        how = self.how
+        if how.has_views:
+            raw = self._raw(index)
+            randomness.seed_view(index, view)
+            sample, left = self.source.begun(raw, index)
+        else:
+            randomness.seed_sample(how.seed, how.epoch, index, place)
+            sample, left = self.source.begun(self.source.untransformed(index), index)
+        taken = None
+        if how.fingerprints is not None:
+            more = (sample.target, sample.extras) if how.fingerprints == "all" else ()
+            taken = fingerprint((sample.input, *more))
+        own = view if how.has_views else None
+        return _Item(sample, "", tuple(skipped), own, taken, left)
+
+    def _raw(self, index: int) -> Sample:
+        if index not in self.latest:
+            randomness.seed_reading(index)
+            raw = self.source.untransformed(index)
+            if not self.how.reads_once:
+                return raw
+            self.latest.clear()
+            self.latest[index] = raw
+        return copy.deepcopy(self.latest[index])  # a transform may write into its image
+
 
 def _batches(
-    source: Source, parts: list[list[Key]], loading: Loading, seed: int, epoch: int
+    source: Source, parts: list[list[Key]], loading: Loading, how: _Reading
 ) -> Iterator[Batch]:
+    if isinstance(source, Kept):
+        for keys in parts:
+            yield _from_memory(source, keys, loading, how)
+        return
     reading = Reading(loading.workers)
     loader = DataLoader(
-        _Seeded(source, seed, epoch, loading.on_bad_sample == "skip", reading),
+        _Seeded(source, how, loading.on_bad_sample == "skip", reading),
         batch_sampler=parts,
         num_workers=loading.workers,
         collate_fn=_Collate(source),
@@ -180,6 +257,66 @@ def _batches(
     finally:
         # Else workers live on for as long as an error's traceback refers to them.
         getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+def _from_memory(kept: Kept, keys: list[Key], loading: Loading, how: _Reading) -> Batch:
+    """Return a batch of samples that are in memory."""
+    found = [_readable(kept, key, how) for key in keys]
+    index = [own for own, _, _ in found if own is not None]
+    times = [time for own, time, _ in found if own is not None]
+    skipped = tuple(pair for _, _, pairs in found for pair in pairs)
+    if not index:
+        return Batch(None, None, torch.empty(0, dtype=torch.long), skipped=skipped)
+    place = _view_place() if how.has_views else _epoch_place(how)
+    batch = kept.batch(index, times, place)
+    if how.fingerprints is not None:
+        taken = kept.fingerprints(batch, times, place, whole=how.fingerprints == "all")
+        batch = replace(batch, fingerprint=torch.tensor(taken))
+    view = torch.tensor(times) if how.has_views else None
+    batch = replace(batch, skipped=skipped, view=view)
+    return batch.pin_memory() if loading.pin_memory and kept.device.type == "cpu" else batch
+
+
+def _readable(kept: Kept, key: Key, how: _Reading) -> tuple[int | None, int, list[tuple[int, str]]]:
+    """Return the sample to take, if any, the time or view that it comes as, and what is skipped.
+
+    As where samples are read, the next one that can be read stands in while training.
+    """
+    index, time = key
+    skipped: list[tuple[int, str]] = []
+    while index in kept.bad:
+        skipped.append((index, kept.bad[index]))
+        if how.epoch == EVALUATION:
+            return None, time, skipped
+        if len(skipped) == min(LONGEST_GAP, len(kept)):
+            raise DataError(f"{len(skipped)} samples in a row cannot be read: {skipped[-1][1]}")
+        index = (index + 1) % len(kept)
+    return index, -1 - key[0] if skipped and not how.has_views else time, skipped
+
+
+def _epoch_place(how: _Reading) -> Place:
+    def seed(index: int, time: int, number: int) -> None:
+        randomness.seed_sample(randomness.derive(how.seed, "run", number), how.epoch, index, time)
+
+    return Place(randomness.derive(how.seed, "augment", how.epoch), seed)
+
+
+def _view_place() -> Place:
+    def seed(index: int, view: int, number: int) -> None:
+        randomness.seed_view(index, view, number)
+
+    return Place(randomness.derive(0, "augment"), seed)
+
+
+def every_sample(source: Source, size: int, loading: Loading) -> Iterator[Batch]:
+    """Yield all samples in order, on every process, for what draws nothing.
+
+    Raises:
+        DataError: as ``training_batches``.
+    """
+    keys = [(index, 0) for index in range(len(source))]
+    parts = [keys[first : first + size] for first in range(0, len(keys), size)]
+    yield from _batches(source, parts, loading, _Reading(0, EVALUATION))
 
 
 def _read(
@@ -216,6 +353,15 @@ class _Collate:
             return DataError(errors[0])
         if not samples:
             return Batch(None, None, torch.empty(0, dtype=torch.long), skipped=skipped)
+        pending = None
+        left = {item.left for item in items if item.sample is not None}
+        if len(left) == 1 and 0 not in left and alike(samples):
+            pending = Pending(self.source.name, self.source.late[-max(left) :])
+        elif left != {0}:
+            try:
+                samples = [self._whole(item) for item in items if item.sample is not None]
+            except DataError as error:
+                return error
         try:
             batch: Any = self.source.collate(samples)
         except (TypeError, RuntimeError, ValueError, LookupError) as error:
@@ -228,7 +374,34 @@ class _Collate:
             return DataError(
                 f"{kind} gave {type(batch).__name__}; a collate function gives a Batch"
             )
-        return replace(batch, skipped=skipped) if skipped else batch
+        batch = replace(batch, pending=pending) if pending is not None else batch
+        return self._placed(batch, [item for item in items if item.sample is not None], skipped)
+
+    def _whole(self, item: _Item) -> Sample:
+        assert item.sample is not None
+        return self.source.finished(item.sample, item.left)
+
+    def _placed(
+        self, batch: Batch, items: list[_Item], skipped: tuple[tuple[int, str], ...]
+    ) -> Batch | DataError:
+        """Say of each sample of the batch which view it is and what its fingerprint is."""
+        views = [item.view for item in items if item.view is not None]
+        fingerprints = [item.fingerprint for item in items if item.fingerprint is not None]
+        if not views and not fingerprints:
+            return replace(batch, skipped=skipped) if skipped else batch
+        order = [item.sample.index for item in items if item.sample is not None]
+        if batch.index.tolist() != order:
+            kind = type(self.source.collate).__name__
+            return DataError(
+                f"data set '{self.source.name}': {kind} leaves samples out or changes their order, "
+                "so that they cannot be told apart by their views and in a store"
+            )
+        return replace(
+            batch,
+            skipped=skipped,
+            view=torch.tensor(views) if views else None,
+            fingerprint=torch.tensor(fingerprints) if fingerprints else None,
+        )
 
 
 def _collate_hint(value: Any, error: Exception) -> str:

@@ -22,10 +22,15 @@ BatchTransform = Callable[[Any, Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Mixing:
-    """Applies batch transforms; what they draw depends on seed, epoch and batch alone."""
+    """Applies batch transforms; what they draw depends on seed, epoch and batch alone.
+
+    Attributes:
+        period: epochs after which they draw the same again, ``None`` for never.
+    """
 
     transforms: Sequence[BatchTransform]
     seed: int
+    period: int | None = None
 
     @property
     def lead(self) -> int:
@@ -44,6 +49,7 @@ class Mixing:
                 "(or a mapping of tensors), not as a list"
             )
         inputs, targets = batch.inputs, batch.targets
+        epoch = epoch % self.period if self.period else epoch
         base = randomness.derive(self.seed, "mix", epoch)
         for position, transform in enumerate(self.transforms):
             randomness.seed_step(base, number * len(self.transforms) + position, device)

@@ -15,7 +15,8 @@ from distill.errors import DataError
 
 T = TypeVar("T")
 Key = tuple[int, int]
-"""A sample in an epoch: its index, and how often it has come before in this epoch."""
+"""A sample in an epoch: its index, and which of its views; of samples without fixed views, how
+often it has come before in this epoch."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Plan:
         accumulate: batches a step; the last step of an epoch may have fewer.
         sampler: gives the samples of an epoch; ``None`` for a new permutation every epoch.
         batch_sampler: gives the batches of an epoch, in place of the above.
+        views: so many views of each sample; an epoch takes the one after the epoch before. ``None``
+            for new ones every epoch.
+        views_at_once: so many of them follow one another. An epoch then has that many times fewer
+            samples, each in as many views; together with as many epochs it has all of them.
+        period: epochs after which the order comes again, ``None`` for never.
     """
 
     size: int
@@ -56,6 +62,9 @@ class Plan:
     accumulate: int = 1
     sampler: Any = None
     batch_sampler: Any = None
+    views: int | None = None
+    views_at_once: int = 1
+    period: int | None = None
 
     @property
     def samples(self) -> int:
@@ -83,6 +92,7 @@ class Plan:
         Raises:
             DataError: if a sampler gives no such samples, or not as many as its length says.
         """
+        epoch = epoch % self.period if self.period else epoch
         with randomness.seeded(seed, "order", epoch):
             if self.batch_sampler is not None:
                 drawn = self._indices(self.batch_sampler, lambda batch: [int(i) for i in batch])
@@ -100,14 +110,13 @@ class Plan:
             epoch: of the stage, from 0.
             lead: samples of the neighbouring part that each part needs in front.
         """
-        batches = self.draw(seed, epoch)
-        world, rank, seen = distributed.world_size(), distributed.rank(), Counter[int]()
+        batches = self._keys(self.draw(seed, epoch), epoch)
+        world, rank = distributed.world_size(), distributed.rank()
         for first in range(0, len(batches), self.accumulate):
             step = batches[first : first + self.accumulate]
             samples = sum(map(len, step))
-            for number, batch in enumerate(step):
-                keys = _counted(batch, seen)
-                bounds = [len(batch) * r // world for r in range(world + 1)]
+            for number, keys in enumerate(step):
+                bounds = [len(keys) * r // world for r in range(world + 1)]
                 sizes = tuple(end - start for start, end in itertools.pairwise(bounds))
                 start, end = bounds[rank], bounds[rank + 1]
                 share = (end - start) * world / samples
@@ -116,10 +125,29 @@ class Plan:
                 own = [keys[i % len(keys)] for i in range(start - before, end)]
                 yield Part(own, share, before, number == len(step) - 1, sizes)
 
+    def _keys(self, batches: Sequence[Sequence[int]], epoch: int) -> list[list[Key]]:
+        if self.views is None:
+            return _counted(batches)
+        if self.views_at_once == 1:
+            counted = _counted(batches)
+            return [[(i, (epoch + n) % self.views) for i, n in batch] for batch in counted]
+        turn, part = divmod(epoch, self.views_at_once)
+        places = itertools.count(part * self.size)
+        first = turn * self.views_at_once
+        return [
+            [(i, (first + next(places) % self.views_at_once) % self.views) for i in batch]
+            for batch in batches
+        ]
+
     def _order(self, seed: int, epoch: int) -> list[int]:
         if self.sampler is None:
-            generator = torch.Generator().manual_seed(randomness.derive(seed, "order", epoch))
-            return torch.randperm(self.size, generator=generator).tolist()
+            turn, part = divmod(epoch, self.views_at_once)
+            generator = torch.Generator().manual_seed(randomness.derive(seed, "order", turn))
+            drawn = torch.randperm(self.size, generator=generator)
+            if self.views_at_once > 1:
+                places = torch.arange(part * self.size, (part + 1) * self.size)
+                drawn = drawn[places // self.views_at_once]
+            return drawn.tolist()
         order = self._indices(self.sampler, int)
         self._check(order, order, len(self.sampler))
         return order
@@ -148,10 +176,13 @@ class Plan:
             raise DataError(f"{kind} gave {what}")
 
 
-def _counted(batch: Sequence[int], seen: Counter[int]) -> list[Key]:
+def _counted(batches: Sequence[Sequence[int]]) -> list[list[Key]]:
     """Give each index how often it has come before in this epoch."""
-    keys = []
-    for index in batch:
-        keys.append((index, seen[index]))
-        seen[index] += 1
+    seen = Counter[int]()
+    keys: list[list[Key]] = []
+    for batch in batches:
+        keys.append([])
+        for index in batch:
+            keys[-1].append((index, seen[index]))
+            seen[index] += 1
     return keys

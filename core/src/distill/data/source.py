@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
 from typing import Any, cast
 
+import torch
+
 from distill.data.batch import Batch, Sample, Views, collate
+from distill.data.batched import BatchedTransform
 from distill.errors import DataError
 
 
@@ -20,6 +26,7 @@ class Source:
         transforms: applied to the input in order, or to each of its views.
         joint_transforms: applied to input and target together, before ``transforms``.
         collate: puts samples together.
+        batched: the form of each transform for whole batches, ``None`` where it has none.
     """
 
     name: str
@@ -27,6 +34,7 @@ class Source:
     transforms: Sequence[Callable[[Any], Any]] = ()
     joint_transforms: Sequence[Callable[[Any, Any], tuple[Any, Any]]] = ()
     collate: Callable[[list[Sample]], Batch] = collate
+    batched: Sequence[BatchedTransform | None] = ()
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -39,30 +47,113 @@ class Source:
             return list(classes)
         return None
 
+    @cached_property
+    def late(self) -> Sequence[BatchedTransform]:
+        """The last transforms, as far as a batch can go through them in place of its samples.
+
+        It gets the same bits; so bytes, not floats, go from a loader's worker to the device.
+        """
+        if self.collate is not collate:
+            return ()
+        last = takewhile(lambda form: form is not None and form.pointwise, reversed(self.batched))
+        return [form for form in last if form is not None][::-1]
+
     def read(self, index: int) -> Sample:
         """Return one sample, transformed.
 
         Raises:
             DataError: if the data set or a transform fails; the message names the sample.
         """
-        try:
+        return self.transformed(self.untransformed(index), index)
+
+    def untransformed(self, index: int) -> Sample:
+        """Return one sample as the data set gives it.
+
+        Raises:
+            DataError: if it cannot be read; the message names the sample.
+        """
+        with self._told(index):
             item = self.dataset[index]
             sample = item if isinstance(item, Sample) else Sample(item[0], item[1])
-            value, target = sample.input, sample.target
+        return replace(sample, index=index)
+
+    def transformed(self, sample: Sample, index: int) -> Sample:
+        """Return a sample of the data set, transformed.
+
+        Raises:
+            DataError: if a transform fails; the message names the sample.
+        """
+        return self._through(self.transforms, self._joined(sample, index))
+
+    def begun(self, sample: Sample, index: int) -> tuple[Sample, int]:
+        """Return a sample of the data set up to those ``late`` transforms that can be left.
+
+        Returns:
+            The sample, and how many transforms are left: those from where it is a tensor.
+
+        Raises:
+            DataError: if a transform fails; the message names the sample.
+        """
+        left = len(self.late)
+        first = len(self.transforms) - left
+        sample = self._through(self.transforms[:first], self._joined(sample, index))
+        while left and not self._taken(self.late[-left:], sample.input):
+            sample = self.finished(sample, left, 1)
+            left -= 1
+        return sample, left
+
+    def finished(self, sample: Sample, left: int, count: int | None = None) -> Sample:
+        """Return a sample for which ``left`` transforms are left, after them or ``count`` of them.
+
+        Raises:
+            DataError: if a transform fails; the message names the sample.
+        """
+        first = len(self.transforms) - left
+        last = len(self.transforms) if count is None else first + count
+        return self._through(self.transforms[first:last], sample)
+
+    @staticmethod
+    def _taken(forms: Sequence[BatchedTransform], value: Any) -> bool:
+        values = value if isinstance(value, Views) else (value,)
+        return all(form.takes(one) for form in forms for one in values)
+
+    def _joined(self, sample: Sample, index: int) -> Sample:
+        value, target = sample.input, sample.target
+        with self._told(index):
             for joint in self.joint_transforms:
                 value, target = joint(value, target)
-            if isinstance(value, Views):
-                value = Views(self._transformed(view) for view in value)
+        return replace(sample, input=value, target=target, index=index)
+
+    def _through(self, transforms: Sequence[Callable[[Any], Any]], sample: Sample) -> Sample:
+        with self._told(sample.index):
+            if isinstance(sample.input, Views):
+                value: Any = Views(_one(transforms, view) for view in sample.input)
             else:
-                value = self._transformed(value)
+                value = _one(transforms, sample.input)
+        return replace(sample, input=value)
+
+    @contextmanager
+    def _told(self, index: int) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             raise DataError(
                 f"data set '{self.name}': sample {index} cannot be read: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return replace(sample, input=value, target=target, index=index)
 
-    def _transformed(self, value: Any) -> Any:
-        for transform in self.transforms:
-            value = transform(value)
-        return value
+
+def alike(samples: Sequence[Sample]) -> bool:
+    """Whether the inputs of all samples, or their views, are tensors of one type and shape."""
+    kinds = {
+        (value.dtype, value.shape) if isinstance(value, torch.Tensor) else None
+        for sample in samples
+        for value in (sample.input if isinstance(sample.input, Views) else (sample.input,))
+    }
+    return len(kinds) == 1 and None not in kinds
+
+
+def _one(transforms: Sequence[Callable[[Any], Any]], value: Any) -> Any:
+    for transform in transforms:
+        value = transform(value)
+    return value

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
-from distill.model.wiring import Call, Values
+from distill.model.wiring import Call, Timer, Values
 from distill.weight_schedule import WeightSchedule
 
 TOTAL = "total"
@@ -24,7 +25,10 @@ class Criterion(nn.Module):
         calls: the terms.
         weights: name -> the factor now.
         is_scheduled: whether some weight changes over the stage.
+        timer: what the terms are called through while they are timed.
     """
+
+    timer: Timer | None = None
 
     def __init__(self, terms: Sequence[Call], weights: Mapping[str, float | WeightSchedule]):
         super().__init__()
@@ -48,7 +52,10 @@ class Criterion(nn.Module):
 
     def terms(self, values: Values) -> dict[str, torch.Tensor]:
         """Return each term under its name, unweighted."""
-        return {term.name: term(values) for term in self.calls}
+        if self.timer is None:
+            return {term.name: term(values) for term in self.calls}
+        timer = self.timer
+        return {t.name: timer("loss", t.name, partial(t, values)) for t in self.calls}
 
     def total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted sum of the terms."""

@@ -17,7 +17,9 @@ from distill.model.branches import Untraceable, without_side_branches
 from distill.model.capture import Capture, CaptureError, Complete
 from distill.model.controls import ControlError, OutputControl, controlled
 from distill.model.criterion import Criterion
-from distill.model.wiring import Call, CallError, Values, to_float32
+from distill.model.fast import FastTeacher
+from distill.model.stored import Outputs
+from distill.model.wiring import Address, Call, CallError, Timer, Values, to_float32
 from distill.reference import STUDENT
 
 Extent = Literal["whole", "part", "nothing"]
@@ -35,7 +37,8 @@ class Distiller(nn.Module):
 
     Args:
         student: the model to train.
-        teachers: role -> frozen model.
+        teachers: role -> frozen model; ``None`` for one that is not there, since what it gives is
+            in a store.
         auxiliary: calls in an order in which each one's arguments exist.
         criterion: the weighted terms.
         captures: role, or name of an auxiliary call, -> submodule paths whose values references ask
@@ -54,12 +57,16 @@ class Distiller(nn.Module):
         uncut: role -> why a model runs to its end though nothing behind is asked for.
         branches: role -> parts of the model that lead to nothing asked of it, and do not run.
         untraced: role -> why such parts, if there are any, could not be found.
+        fast: what runs in a teacher's place, by role.
+        timer: what parts of a step are called through while they are timed.
+        stores: role -> where what a teacher gives is kept.
+        absent: role -> how to get a teacher that is not there after all; it calls ``adopt``.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teachers: Mapping[str, nn.Module],
+        teachers: Mapping[str, nn.Module | None],
         auxiliary: Sequence[Call],
         criterion: Criterion,
         captures: Mapping[str, Sequence[str]] | None = None,
@@ -72,9 +79,10 @@ class Distiller(nn.Module):
     ):
         super().__init__()
         self.student = student
-        self.teachers = nn.ModuleList(teachers.values())
+        present = {role: model for role, model in teachers.items() if model is not None}
+        self.teachers = nn.ModuleList(present.values())
         # Plain dicts and tuples: what is in them is registered already, or belongs to a model.
-        self._models = {STUDENT: student, **teachers}
+        self._models = {STUDENT: student, **present}
         captured = {**{call.name: call.module for call in auxiliary}, **self._models}
         self._teachers = tuple(teachers)
         borrowed = set(borrowed)
@@ -85,8 +93,9 @@ class Distiller(nn.Module):
             # What an auxiliary call overwrites is not looked for, so its values are copied.
             role: Capture(captured[role], paths, clone=role not in self._models)
             for role, paths in (captures or {}).items()
-            if paths
+            if paths and role in captured
         }
+        self._paths = dict(captures or {})
         for capture in self.captures.values():
             capture.enabled = False
         self._calls = tuple(auxiliary)
@@ -100,10 +109,16 @@ class Distiller(nn.Module):
         )
         self._whole = frozenset(whole)
         self.extents = {role: self._extent(role) for role in self._models}
+        self.extents.update({role: "nothing" for role in teachers if role not in present})
         self._pruned: dict[str, nn.Module] = {}
         self.uncut: dict[str, str] = {}
         self.branches: dict[str, tuple[str, ...]] = {}
         self.untraced: dict[str, str] = {}
+        # In a plain dict: DDP and whoever asks for parameters is to see the teachers themselves.
+        self.fast: dict[str, FastTeacher] = {}
+        self.timer: Timer | None = None
+        self.stores: dict[str, Outputs] = {}
+        self.absent: dict[str, Callable[[], None]] = {}
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the unweighted scalar of each term by name, and ``total``."""
@@ -121,6 +136,9 @@ class Distiller(nn.Module):
 
         def values() -> Values:
             of_models = self._of_models(batch)
+            if self.timer is not None:
+                self._timed_auxiliaries(self.timer, of_models)
+                return of_models
             for call in self._calls:
                 self.run_auxiliary(call, of_models)
             return of_models
@@ -130,6 +148,30 @@ class Distiller(nn.Module):
     def values_of_models(self, batch: Batch) -> Values:
         """Return what there is before auxiliary modules: what batch and models give, by name."""
         return self._in_precision(lambda: self._of_models(batch))
+
+    def fill_stores(self, batch: Batch) -> None:
+        """Put what is missing of a batch into the stores; nothing but teachers runs."""
+        values: Values = {}
+
+        def stored() -> Values:
+            for role, found in batch.stored.items():
+                if found.missing is not None:
+                    self._run(values, role, batch)
+            return values
+
+        with torch.no_grad():
+            self._in_precision(stored)
+
+    def values_of_teacher(self, role: str, batch: Batch) -> Values:
+        """Return what one teacher gives for a batch, by name, whatever is stored of it."""
+        values: Values = {}
+
+        def computed() -> Values:
+            self._compute(values, role, batch)
+            return values
+
+        with torch.no_grad():
+            return self._in_precision(computed)
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of student, auxiliary modules and losses; teachers keep theirs."""
@@ -148,6 +190,46 @@ class Distiller(nn.Module):
     def models(self) -> dict[str, nn.Module]:
         """Return the student and the teachers by role."""
         return dict(self._models)
+
+    def runs(self, role: str) -> nn.Module:
+        """Return the model that runs in a role, which for a fast teacher is a copy."""
+        return self.fast[role].model if role in self.fast else self._models[role]
+
+    def run_fast(self, role: str, make: Callable[[nn.Module], FastTeacher | None]) -> None:
+        """Let what ``make`` makes of a teacher run in its place; if that is nothing, it stays.
+
+        To be called before ``cut``.
+        """
+        capture = self.captures.get(role)
+        if capture is not None:
+            capture.remove()  # whose hooks a copy of the model would have too
+        fast = make(self._models[role])
+        if fast is not None:
+            self.fast[role] = fast
+        if capture is not None:
+            self.captures[role] = Capture(self.runs(role), capture.paths, clone=capture.cloned)
+            self.captures[role].enabled = False
+
+    def adopt(self, role: str, model: nn.Module, special: nn.Module | None) -> None:
+        """Take in a teacher that was not there."""
+        self._models[role] = model
+        if special is not None:
+            self._specials[role] = special
+        if self._paths.get(role):
+            self.captures[role] = Capture(model, self._paths[role], clone=True)
+            self.captures[role].enabled = False
+        self.extents[role] = self._extent(role)
+
+    def addresses_of(self, role: str) -> list[Address]:
+        """Return what a step reads of a model's output and of what is captured in it."""
+        paths = self._paths.get(role, ())
+        names = {role, *(value_name(role, path) for path in paths)}
+        addresses = (address for call in self.calls() for address in call.addresses())
+        return list({a.text: a for a in addresses if a.value in names}.values())
+
+    def owners_of_tensors(self) -> set[str]:
+        """Return of which models parameters or buffers are asked for."""
+        return {name.partition(".")[0] for name in self._tensors_asked}
 
     def calls(self) -> list[Call]:
         """Return the calls of auxiliary modules and of losses, in order."""
@@ -210,6 +292,8 @@ class Distiller(nn.Module):
             capture.enabled = False
 
     def _call(self, role: str, batch: Batch) -> Any:
+        if role in self.fast:
+            return self.fast[role](batch, self._pruned.get(role))
         model = self._pruned.get(role, self._models[role])
         return call_model(model, self._specials.get(role), batch)
 
@@ -227,7 +311,7 @@ class Distiller(nn.Module):
 
     def _prune(self, role: str, batch: Batch) -> None:
         """Leave out a model's side branches if what it gives without them is the same."""
-        model, parts = self._models[role], self.parts_asked(role)
+        model, parts = self.runs(role), self.parts_asked(role)
         is_other_mode = role == STUDENT and not self.training
         if parts is None or role in self._specials or is_other_mode:
             return
@@ -265,7 +349,7 @@ class Distiller(nn.Module):
     def _gives(self, role: str, batch: Batch) -> Values:
         """Return what a step reads of a model, drawn from one seed."""
         values: Values = {}
-        with torch.no_grad(), _dropouts_off(self._models[role]), torch.random.fork_rng():
+        with torch.no_grad(), _dropouts_off(self.runs(role)), torch.random.fork_rng():
             torch.manual_seed(0)
             self._run(values, role, batch)
         addresses = [address for call in self.calls() for address in call.addresses()]
@@ -285,28 +369,52 @@ class Distiller(nn.Module):
             "index": batch.index,
             "extras": batch.extras,
         }
+        run = self._run if self.timer is None else partial(self._timed_run, self.timer)
         with torch.no_grad():
             for role in self._teachers:
-                self._run(values, role, batch)
-        self._run(values, STUDENT, batch)
+                run(values, role, batch)
+        run(values, STUDENT, batch)
         for name, (module, attribute) in self._tensors_asked.items():
             values[name] = getattr(module, attribute)
         return values
 
     def _run(self, values: Values, role: str, batch: Batch) -> None:
+        stored = batch.stored.get(role)
+        if stored is None:
+            self._compute(values, role, batch)
+        elif stored.missing is None:
+            values.update(self.stores[role].values(stored))
+        else:
+            if role not in self._models:
+                self.absent[role]()
+            computed: Values = {}
+            self._compute(computed, role, batch)
+            values.update(self.stores[role].keep(stored, computed))
+        if role in self._controls and role in values:
+            values[role] = self._controlled(role, values[role], batch)
+
+    def _compute(self, values: Values, role: str, batch: Batch) -> None:
         extent = self.extents[role]
         if extent == "nothing":
             return
         output = self.run_model(role, batch)
+        captured = self.captures[role].pop() if role in self.captures else {}
+        if role in self.fast:
+            output, captured = self.fast[role].back((output, captured))
         if extent == "whole":
-            values[role] = self._controlled(role, output, batch)
-        if role in self.captures:
-            for path, value in self.captures[role].pop().items():
-                values[value_name(role, path)] = value
+            values[role] = output
+        for path, value in captured.items():
+            values[value_name(role, path)] = value
+
+    def _timed_run(self, timer: Timer, values: Values, role: str, batch: Batch) -> None:
+        kind = "student" if role == STUDENT else "teacher"
+        timer(kind, role, lambda: self._run(values, role, batch))
+
+    def _timed_auxiliaries(self, timer: Timer, values: Values) -> None:
+        for call in self._calls:
+            timer("auxiliary", call.name, partial(self.run_auxiliary, call, values))
 
     def _controlled(self, role: str, output: Any, batch: Batch) -> Any:
-        if role not in self._controls:
-            return output
         try:
             return controlled(self._controls[role], output, batch.targets)
         except ControlError as error:

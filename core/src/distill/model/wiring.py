@@ -17,6 +17,9 @@ from distill.errors import DistillError, did_you_mean
 Values = dict[str, Any]
 """Every value of a step under the reference that names it."""
 
+Timer = Callable[[str, str, Callable[[], Any]], Any]
+"""Calls a part of a step and returns what that returns: kind of the part, name, the call."""
+
 
 @dataclass(frozen=True)
 class Address:

@@ -21,6 +21,9 @@ from distill.signature import Problem, bind
 from distill.training.checkpoint import load_weights
 from distill.training.random_teacher import is_drawn, untrained
 
+STORES = Path("stores")
+"""Where outputs of teachers are stored unless said otherwise."""
+
 
 class Builder:
     """Builds what an experiment describes.
@@ -29,14 +32,21 @@ class Builder:
         experiment: the description.
         registry: where components are found.
         allow_remote_code: whether to build components that fetch code from elsewhere and run it.
+        stores: the folder with stored outputs of teachers.
     """
 
     def __init__(
-        self, experiment: Experiment, registry: Registry, *, allow_remote_code: bool = False
+        self,
+        experiment: Experiment,
+        registry: Registry,
+        *,
+        allow_remote_code: bool = False,
+        stores: Path = STORES,
     ):
         self.experiment = experiment
         self.registry = registry
         self.allow_remote_code = allow_remote_code
+        self.stores = stores
 
     def component(self, kind: str, component: Component, *provided: Any) -> Any:
         """Build one component; ``provided`` are the arguments core gives it.
@@ -162,12 +172,20 @@ class Builder:
                 dataset = self.component("dataset_wrappers", wrapper, dataset)
             joint = self.components("transforms", spec.joint_transforms)
             transforms = self.components("transforms", spec.transforms)
+            batched = [self._batched(transform) for transform in spec.transforms]
             put_together = self.component("collates", spec.collate) if spec.collate else collate
-        source = Source(name, dataset, transforms, joint, put_together)
+        source = Source(name, dataset, transforms, joint, put_together, batched)
         if len(source) == 0:
             fault = self.experiment.fault(path, "the data set is empty")
             raise DataError(str(fault))
         return source
+
+    def _batched(self, transform: Component) -> Any:
+        """Return the form of a transform for whole batches, which its own plugin may have."""
+        offers = self.registry.entries("batched_transforms")
+        own = self.registry.find("transforms", transform.type)
+        found = [e for e in offers if (e.name, e.provider) == (own.name, own.provider)]
+        return self.component("batched_transforms", transform) if found else None
 
     def _bind(self, kind: str, component: Component, provided: int) -> tuple[Any, dict[str, Any]]:
         try:

@@ -17,10 +17,21 @@ from distill.data.mixing import Mixing
 from distill.errors import NumericalError
 from distill.observer import TermGradients
 from distill.training.metrics import Meter
-from distill.training.non_finite import NonFinite, Seen, losses_are_finite
+from distill.training.non_finite import NonFinite, Seen, Verdicts, losses_are_finite
 from distill.training.optimizer import Optimization
+from distill.training.profile import (
+    BACKWARD,
+    DATA,
+    OPTIMIZER,
+    OTHER,
+    TRANSFER,
+    UNTIMED,
+    StepClock,
+    Untimed,
+)
 from distill.training.sync_batchnorm import uncounted
 from distill.training.term_gradients import TermProbe
+from distill.training.transfer import copied_ahead
 
 AfterStep = Callable[[int, bool], float | None]
 
@@ -72,6 +83,7 @@ class Loop:
         memory_format: of images.
         hold: context in which gradients are not exchanged yet, since more batches follow.
         probe: measures each term's gradient with every log line, or ``None``.
+        clock: times some steps or all, or ``None``.
     """
 
     module: nn.Module
@@ -84,6 +96,8 @@ class Loop:
     memory_format: torch.memory_format | None = None
     hold: Callable[[], AbstractContextManager[None]] = nullcontext
     probe: TermProbe | None = None
+    clock: StepClock | None = None
+    verdicts: Verdicts = field(default_factory=Verdicts, init=False)
 
     def epoch(
         self,
@@ -91,6 +105,7 @@ class Loop:
         *,
         epoch: int = 0,
         first_step: int = 0,
+        steps: int = 0,
         on_log: Callable[[Progress], None] = lambda progress: None,
         after_step: AfterStep | None = None,
     ) -> EpochSummary:
@@ -100,6 +115,7 @@ class Loop:
             batches: of this process.
             epoch: of the stage, from 0.
             first_step: steps of the stage so far.
+            steps: of an epoch, for the clock, which times none without.
             on_log: given the progress every ``log_every`` steps.
             after_step: told after each step how many of the stage are over and whether the gradient
                 was followed, which it is not after an overflow in fp16; may return how many seconds
@@ -115,15 +131,20 @@ class Loop:
         seen: list[Seen] = []
         moves = self.device.type != "cpu" or self.memory_format is not None
         started = last = monotonic()
+        clock = self._clock(0, steps)
+        if self.device.type == "cuda":
+            batches, moves = copied_ahead(batches, self.device, self.memory_format), False
         for number, batch in enumerate(batches):
-            if moves:
+            clock.lap(DATA)
+            if moves or batch.pending is not None:
                 batch = batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
             if self.mixing is not None:
                 batch = self.mixing(batch, epoch, number, self.device)
+            clock.lap(TRANSFER)
             randomness.seed_step(base, number, self.device)
             is_logged = (step + 1 - first_step) % self.log_every == 0 and batch.ends_step
             probe = self.probe if is_logged else None
-            losses, term_gradients = self._gradient(batch, probe)
+            losses, term_gradients = self._gradient(batch, probe, clock)
             meter.add(losses, len(batch) if batch.share else 0)
             seen.append(Seen(losses, batch.index, bool(batch.share)))
             if batch.skipped:
@@ -134,33 +155,43 @@ class Loop:
             totals.overflows += not followed
             seen.clear()
             step += 1
+            clock.lap(OPTIMIZER, always=True)
             if is_logged:
                 means, samples = self._read(meter, totals, step)
                 now = monotonic()
                 speed = samples / max(now - last, 1e-9)
                 on_log(Progress(step - first_step, means, speed, term_gradients))
                 last = now
+            clock.skip()
+            paused = 0.0
             if after_step is not None:
                 paused = after_step(step, followed) or 0.0
                 started, last = started + paused, last + paused
+            clock.stop(paused)
+            clock = self._clock(step - first_step, steps)
         self._read(meter, totals, step)
         return totals.summary(monotonic() - started)
 
+    def _clock(self, done: int, steps: int) -> Untimed:
+        """Return the clock if it times the next step, having started it."""
+        is_timed = self.clock is not None and self.clock.starts(done, steps)
+        return self.clock if self.clock is not None and is_timed else UNTIMED
+
     def _gradient(
-        self, batch: Batch, probe: TermProbe | None
+        self, batch: Batch, probe: TermProbe | None, clock: Untimed
     ) -> tuple[dict[str, torch.Tensor], TermGradients | None]:
         """Add the gradient of one batch; return its losses, and what a probe finds."""
         if batch.share and batch.ends_step:  # as nearly always, without the price of contexts
-            return self._forward_and_backward(batch, probe)
+            return self._forward_and_backward(batch, probe, clock)
         with ExitStack() as contexts:
             if not batch.share:
                 contexts.enter_context(uncounted())
             if not batch.ends_step:
                 contexts.enter_context(self.hold())
-            return self._forward_and_backward(batch, probe)
+            return self._forward_and_backward(batch, probe, clock)
 
     def _forward_and_backward(
-        self, batch: Batch, probe: TermProbe | None
+        self, batch: Batch, probe: TermProbe | None, clock: Untimed
     ) -> tuple[dict[str, torch.Tensor], TermGradients | None]:
         losses: dict[str, torch.Tensor]
         found = None
@@ -169,18 +200,27 @@ class Loop:
         else:
             with probe.recording():
                 losses = self.module(batch)
+            clock.lap(OTHER, always=True)
             found = probe.measure(batch.share, self.optimization.scale)
+            clock.skip()
+        clock.lap(OTHER)
         self.optimization.backward_of(losses, batch.share)
+        clock.lap(BACKWARD)
         return losses, found
 
     def _step(self, seen: list[Seen], step: int) -> bool:
         outcome = self.optimization.step()
+        if outcome == "deferred":
+            assert self.optimization.verdict is not None
+            self.verdicts.add(step + 1, seen, self.optimization.verdict)
+            return True
         is_overflow = outcome == "overflow" and losses_are_finite(seen, self.device)
         if outcome != "followed" and not is_overflow:
             raise NonFinite(step + 1, list(seen))
         return outcome == "followed"
 
     def _read(self, meter: Meter, totals: _Totals, step: int) -> tuple[dict[str, float], float]:
+        self.verdicts.settle()
         losses, samples = meter.read()
         for name, loss in losses.items():
             if not math.isfinite(loss):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from distill import distributed
 from distill.config.experiment import Metric as MetricEntry
 from distill.config.experiment import Stage
 from distill.observer import Numbers
@@ -18,6 +19,8 @@ from distill.training.metrics import is_higher_better
 from distill.training.seed_run import SeedRun, memory_format
 from distill.training.sharding import is_sharded
 from distill.training.stage import REDUCED
+from distill.training.stored_stage import measured_key
+from distill.training.teacher_store import TeacherStore
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Measuring:
         peers: models that train beside the student, measured under ``<name>.<metric>``.
         average: of the student, measured beside it under ``ema.<metric>``.
         takes_part: whether the student runs or trains in the stage; else it is not measured.
+        stores: of teachers by role, which know what those out of memory were measured as.
     """
 
     run: SeedRun
@@ -54,6 +58,7 @@ class Measuring:
     average: Average | None = None
     takes_part: bool = True
     peers: Mapping[str, nn.Module] = field(default_factory=dict)
+    stores: Mapping[str, TeacherStore] = field(default_factory=dict)
 
     def improves(self, best: Best, metrics: Numbers) -> bool:
         """Whether ``metrics`` are the best so far."""
@@ -102,9 +107,20 @@ class Measuring:
         """
         measured = {}
         for role, teacher in self.stage.teachers.items():
-            measured[role] = self._validate(role, self.roles[role], {})
+            measured[role] = self._of_teacher(role)
             if teacher.min_accuracy is not None and teacher.control is None:
                 self._check_accuracy(role, measured[role])
+        return measured
+
+    def _of_teacher(self, role: str) -> dict[str, float]:
+        """Measure a teacher; one that is out of memory was measured before."""
+        store = self.stores.get(role)
+        key = measured_key(self.run, self.stage) if store is not None else ""
+        if store is not None and self.stage.teachers[role].instance in self.run.unloaded:
+            return dict(store.measured(key) or {})
+        measured = self._validate(role, self.roles[role], {})
+        if store is not None and measured and distributed.is_main():
+            store.note_measured(key, measured)
         return measured
 
     def test(self, dataset: str, entries: Iterable[MetricEntry]) -> dict[str, float]:
@@ -146,7 +162,7 @@ class Measuring:
             for place, (r, m) in around.items()
             if r not in self.peers
         }
-        return evaluate(model, self.run.sources[dataset], metrics, how, teachers, specials)
+        return evaluate(model, self.run.data(dataset), metrics, how, teachers, specials)
 
     def _check_accuracy(self, role: str, measured: Numbers) -> None:
         teacher, experiment = self.stage.teachers[role], self.run.builder.experiment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from distill.model.criterion import TOTAL
 from distill.training import sharding
 
 MOST_SAMPLES_SHOWN = 16
+LAG = 2
+"""Steps that a device may be behind before anybody waits for what it found."""
 
 
 @dataclass(slots=True)
@@ -30,12 +33,58 @@ class Seen:
 
 
 class NonFinite(DistillError):
-    """The gradient of a step, which counts from 1, is not finite; raised on every process."""
+    """The gradient of a step, which counts from 1, is not finite; raised on every process.
 
-    def __init__(self, step: int, seen: Sequence[Seen]):
+    If ``late``, further steps have been taken since.
+    """
+
+    def __init__(self, step: int, seen: Sequence[Seen], *, late: bool = False):
         self.step = step
         self.seen = seen
+        self.late = late
         super().__init__(f"the gradient of step {step} is not finite")
+
+
+class Verdicts:
+    """What the device found of gradients, read so much later that nobody waits for it.
+
+    Every process reads at the same steps, so that all of them end at the same one.
+    """
+
+    def __init__(self) -> None:
+        self._open: deque[tuple[int, list[Seen], torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, step: int, seen: Sequence[Seen], found: torch.Tensor) -> None:
+        """Note what will be found of a step, and judge the one that is some steps old.
+
+        Raises:
+            NonFinite: if the gradient of that one was not finite.
+        """
+        kept = [Seen({n: v.detach() for n, v in b.losses.items()}, b.index, b.counts) for b in seen]
+        event = None
+        if found.device.type == "cuda":
+            host = torch.empty((), pin_memory=True)
+            found, event = host.copy_(found, non_blocking=True), torch.cuda.Event()
+            event.record()
+        self._open.append((step, kept, found, event))
+        if len(self._open) > LAG:
+            self._judge()
+
+    def settle(self) -> None:
+        """Judge all steps so far.
+
+        Raises:
+            NonFinite: if the gradient of one was not finite.
+        """
+        while self._open:
+            self._judge()
+
+    def _judge(self) -> None:
+        step, seen, found, event = self._open.popleft()
+        if event is not None:
+            event.synchronize()
+        if found.item():
+            raise NonFinite(step, seen, late=True)
 
 
 def losses_are_finite(seen: Sequence[Seen], device: torch.device) -> bool:
@@ -59,12 +108,18 @@ def explanation(
     found = [(rank, finding) for rank, findings in enumerate(ranks) for finding in findings]
     # Through BatchNorm over all processes one bad input makes every process's losses bad.
     culprits = [(rank, finding) for rank, finding in found if finding["inputs"]] or found
-    lines = [_line(rank, finding) for rank, finding in culprits] or [_gradient_line(trained)]
+    lines = [_line(rank, finding) for rank, finding in culprits]
+    if not lines:
+        lines = [UNKNOWN if error.late else _gradient_line(trained)]
     return NumericalError(
-        f"stage '{stage}', step {error.step}: {'; '.join(lines)}. The weights are as they were "
-        "before this step, and the last checkpoint is from before. If the data is right, a lower "
+        f"stage '{stage}', step {error.step}: {'; '.join(lines)}. This step was not followed, and "
+        "the last checkpoint is from before. If the data is right, a lower "
         "learning rate, clip.norm or precision: fp32 may help"
     )
+
+
+UNKNOWN = "every term is finite, a gradient or the norm that clip.norm needs is not"
+"""What can be said once the gradients of the step are gone."""
 
 
 def _findings(seen: Sequence[Seen], source: Source) -> list[dict[str, Any]]:

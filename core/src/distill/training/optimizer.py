@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from distill.config.experiment import Clip, Scheduler, Stage
+from distill.config.experiment import Clip, Component, Scheduler, Stage
 from distill.model.criterion import TOTAL, Criterion
 from distill.training import sharding
 from distill.training.build import Builder
@@ -20,7 +21,7 @@ from distill.training.parameter_groups import parameter_groups
 from distill.training.schedule import Schedule, watches
 from distill.training.split_gradients import Split, terms_apart
 
-Outcome = Literal["followed", "overflow", "not finite"]
+Outcome = Literal["followed", "deferred", "overflow", "not finite"]
 SMALLEST_SCALE = 2.0**-10
 """A gradient that overflows fp16 though the loss is scaled down so far is no overflow."""
 
@@ -36,6 +37,9 @@ class Optimization:
             taken apart, of the norm of the sum of both, which are then scaled alike; or of each
             element of either.
         split: what takes some terms' gradient apart, for an optimizer that wants it so.
+        defers: whether the device itself leaves a step out whose gradient is not finite, so that
+            nobody waits for it to tell; needs an optimizer that is fused.
+        verdict: of the last step that was deferred, above 0 if it was left out.
         parameters: everything that is trained.
     """
 
@@ -44,6 +48,8 @@ class Optimization:
     scaler: torch.amp.GradScaler | None = None
     clip: Clip = field(default_factory=Clip)
     split: Split | None = None
+    defers: bool = False
+    verdict: torch.Tensor | None = field(default=None, init=False, repr=False)
     _is_done: bool = field(default=True, init=False, repr=False)
 
     def backward_of(self, losses: Mapping[str, torch.Tensor], share: float) -> None:
@@ -70,10 +76,13 @@ class Optimization:
         """Follow the gradient once.
 
         Returns:
-            ``followed``; ``overflow`` if an element is not finite under a scaler, which then lowers
-            its scale; ``not finite`` if one is not finite otherwise, or the norm to clip by is not.
-            Unless it is followed the weights stay as they are.
+            ``followed``; ``deferred`` if the device decides and ``verdict`` says how; ``overflow``
+            if an element is not finite under a scaler, which then lowers its scale; ``not finite``
+            if one is not finite otherwise, or the norm to clip by is not. Unless it is followed the
+            weights stay as they are.
         """
+        if self.defers:
+            return self._deferred()
         scaler = self.scaler
         if self.split is not None:
             self.split.finish(scaler)
@@ -92,6 +101,22 @@ class Optimization:
             return "not finite"
         self._is_done = True
         return "followed" if is_finite else "overflow"
+
+    def _deferred(self) -> Outcome:
+        """Let the device follow the gradient unless it is not finite."""
+        found = sharding.not_finite(self._gradients())
+        if self.clip.norm is not None:
+            norm = get_total_norm(self._gradients())
+            found = found + ~norm.isfinite()
+            clip_grads_with_norm_(self.parameters, self.clip.norm, norm)
+        if self.clip.value is not None:
+            clip_grad_value_(self.parameters, self.clip.value)
+        # What GradScaler tells fused optimizers in the same way.
+        self.optimizer.found_inf = found  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.verdict, self._is_done = found, True
+        return "deferred"
 
     def __post_init__(self) -> None:
         self.parameters: list[nn.Parameter] = [
@@ -172,14 +197,39 @@ def build_optimization(
     if not groups:
         place = stage.places.get("freeze", stage.path)
         raise builder.experiment.error(place, "everything is frozen; nothing is left to train")
-    optimizer = builder.component("optimizers", stage.optimizer.component, groups)
+    component = stage.optimizer.component
+    if device.type == "cuda":
+        component = fused(builder, component)
+    optimizer = builder.component("optimizers", component, groups)
     schedule = build_schedule(builder, stage, optimizer)
     scaler = torch.amp.GradScaler(device.type) if stage.precision == "fp16" else None
     optimization = Optimization(optimizer, schedule, scaler, stage.clip)
     terms = terms_apart(builder, stage, optimizer)
     if terms and criterion is not None:
         optimization.split = Split(optimizer, criterion, terms, optimization.parameters)
+    waits = scaler is not None or optimization.split is not None or sharding.is_sharded(stage)
+    optimization.defers = device.type == "cuda" and is_fused(optimizer) and not waits
     return optimization
+
+
+def fused(builder: Builder, component: Component) -> Component:
+    """Return an optimizer's component in its fused form, if it has one and the file says nothing.
+
+    That is one kernel instead of many, and leaves out by itself what is not finite.
+    """
+    factory = builder.registry.find("optimizers", component.type).factory
+    choices = {"fused", "foreach", "differentiable", "capturable"}
+    offered = inspect.signature(factory).parameters
+    if "fused" not in offered or choices & component.params.keys():
+        return component
+    return replace(component, params={**component.params, "fused": True})
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer can be told on the device to leave a step out."""
+    groups = optimizer.param_groups
+    knows = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(knows) and all(group.get("fused") for group in groups)
 
 
 def build_schedule(

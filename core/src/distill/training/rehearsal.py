@@ -110,7 +110,7 @@ def rehearse(
     if unreached and is_cut(assembly):
         unreached = _leave_out(assembly, unreached, batch)
     ran = {
-        role: sum(p.numel() for module in called & set(model.modules()) for p in _own(module))
+        role: _parameters_called(model, distiller.runs(role), called)
         for role, model in distiller.models().items()
         if distiller.extents[role] == "part"
     }
@@ -227,8 +227,11 @@ def _called_modules() -> Iterator[set[nn.Module]]:
         handle.remove()
 
 
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters(recurse=False)
+def _parameters_called(model: nn.Module, running: nn.Module, called: set[nn.Module]) -> int:
+    """Return how many parameters the modules of a model have that are called in what runs of it."""
+    paths = [path for path, module in running.named_modules() if module in called]
+    own = (model.get_submodule(path).parameters(recurse=False) for path in paths)
+    return sum(parameter.numel() for parameters in own for parameter in parameters)
 
 
 @contextmanager

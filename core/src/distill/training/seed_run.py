@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from distill import distributed
 from distill.config.experiment import Metric as MetricEntry
 from distill.config.experiment import Stage
 from distill.data.batch import Batch
+from distill.data.kept import Kept
 from distill.data.loader import Loading, sample_batch
 from distill.data.mixing import Mixing
 from distill.data.plan import Plan
@@ -45,6 +46,9 @@ class SeedRun:
         sources: opened data sets by name.
         parts: auxiliary modules and losses that later stages may carry on.
         results: of the stages that are over.
+        unloaded: names of models that are on the meta device, until ``load``.
+        profiles: whether every part of a step is timed.
+        kept: data sets in memory by name.
     """
 
     builder: Builder
@@ -57,28 +61,45 @@ class SeedRun:
     parts: Parts = field(default_factory=Parts)
     results: list[StageResult] = field(default_factory=list)
     trained: set[str] = field(default_factory=set)
+    unloaded: set[str] = field(default_factory=set)
+    profiles: bool = False
+    kept: dict[str, Kept] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
         """The file a stopped run continues from."""
         return self.directory / "checkpoint.pt"
 
+    def data(self, name: str) -> Source:
+        """Return a data set, in memory if it is kept there."""
+        return self.kept.get(name) or self.sources[name]
+
     def place(self, stage: Stage) -> torch.device:
         """Put a stage's models where it runs them, and return where; to be sharded, on the CPU."""
         device = torch.device("cpu") if is_sharded(stage) else self.device
-        for name in stage.models:
-            self.models[name].to(device)
+        for model in self.present(stage):
+            model.to(device)
         self.parts.to(device)
         return device
 
-    def assemble(self, stage: Stage) -> Assembly:
-        """Put a stage together.
+    def present(self, stage: Stage) -> list[nn.Module]:
+        """Return the models of a stage that are in memory."""
+        return [self.models[name] for name in stage.models if name not in self.unloaded]
+
+    def load(self, name: str) -> nn.Module:
+        """Bring a model into memory that was left out of it."""
+        self.models[name] = self.builder.model(name, self.seed)
+        self.unloaded.discard(name)
+        return self.models[name]
+
+    def assemble(self, stage: Stage, absent: Collection[str] = ()) -> Assembly:
+        """Put a stage together; teachers in the roles ``absent`` stay out of memory.
 
         Raises:
             ConfigError: with everything that keeps it from being put together.
         """
-        device = self.place(stage)
-        assembly = assemble(self.builder, stage, self.models, self.parts, self.seed, device)
+        device, models, parts = self.place(stage), self.models, self.parts
+        assembly = assemble(self.builder, stage, models, parts, self.seed, device, absent)
         if assembly.faults:
             raise ConfigError(assembly.faults)
         return assembly
@@ -122,6 +143,9 @@ class SeedRun:
             data.accumulate,
             sampler,
             batch_sampler,
+            data.views,
+            data.views_at_once,
+            _period(stage),
         )
 
     def mixing(self, stage: Stage) -> Mixing | None:
@@ -129,7 +153,8 @@ class SeedRun:
         entries = stage.data.batch_transforms
         if not entries:
             return None
-        return Mixing(self.builder.components("batch_transforms", entries), self.seed)
+        transforms = self.builder.components("batch_transforms", entries)
+        return Mixing(transforms, self.seed, _period(stage))
 
     def loading(self, stage: Stage) -> Loading:
         """Return how a stage's samples are read."""
@@ -149,7 +174,8 @@ class SeedRun:
 
     def first_measured(self, stage: Stage, source: Source, device: torch.device) -> Batch:
         """Return two samples as the stage's models are measured on them."""
-        batch = sample_batch(source, 2, self.seed, stage.data.on_bad_sample)
+        has_views = stage.data.views is not None and source.name == stage.data.train
+        batch = sample_batch(source, 2, self.seed, stage.data.on_bad_sample, views=has_views)
         return batch.to(device, memory_format=memory_format(stage))
 
     def in_form(self, stage: Stage, models: Iterable[nn.Module]) -> AbstractContextManager[None]:
@@ -169,6 +195,11 @@ class SeedRun:
             **more,
         }
         save_state(self.checkpoint, state)
+
+
+def _period(stage: Stage) -> int | None:
+    """Return after how many epochs the order comes again: mixed views are of a sample's batch."""
+    return stage.data.views if stage.data.batch_transforms else None
 
 
 def memory_format(stage: Stage) -> torch.memory_format | None:

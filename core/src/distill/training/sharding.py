@@ -48,15 +48,20 @@ def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
     if not tensors:
         return True
     are_parted = is_parted(tensors[0])  # all are, or none
-    local = [local_part(tensor) for tensor in tensors] if are_parted else tensors
-    device = local[0].device
-    found = torch.zeros(1, device=device, dtype=torch.float32)
-    for same in _by_type(local):
-        # What GradScaler looks for overflows with: a single pass, which multiplies by 1 here.
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found, _one(device))
+    found = not_finite([local_part(tensor) for tensor in tensors] if are_parted else tensors)
     if are_parted:
         dist.all_reduce(found)
     return found.item() == 0
+
+
+def not_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a scalar on the device of some tensors, above 0 if an element is not finite."""
+    device = tensors[0].device
+    found = torch.zeros((), device=device, dtype=torch.float32)
+    for same in _by_type(tensors):
+        # What GradScaler looks for overflows with: a single pass, which multiplies by 1 here.
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, _one(device))
+    return found
 
 
 def _by_type(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

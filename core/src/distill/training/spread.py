@@ -17,6 +17,7 @@ from distill.training.rehearsal import Rehearsal
 from distill.training.seed_run import SeedRun
 from distill.training.sharding import is_sharded
 from distill.training.stage import Assembly, assemble, roles_in_force
+from distill.training.stored_stage import with_first_rows
 from distill.training.sync_batchnorm import synchronized
 
 
@@ -63,7 +64,8 @@ def spread(
     assert plain.distiller is not None
     if stage.sync_batchnorm:
         stack.enter_context(synchronized([plain.distiller]))
-    batch = run.first_batch(stage, source, run.device)
+    opened = {role: plain.distiller.stores[role] for role in plain.absent}
+    batch = with_first_rows(run.first_batch(stage, source, run.device), opened, run.device)
     parallel = averaged_over_ranks(plain.distiller, batch, leaves_unused=rehearsal.unused)
     return Spread(plain, parallel, average)
 

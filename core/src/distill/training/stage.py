@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -40,6 +40,7 @@ class Assembly:
         unasked: auxiliary modules that nothing comes from, by name; they do not run.
         frozen: parameters of student and auxiliary modules that stay as they are.
         left_out: parameters of the student that nothing in the stage comes from.
+        absent: roles of teachers whose outputs are in a store, so that they are on the meta device.
         faults: what kept it from being put together; if there are any, ``distiller`` is ``None``.
     """
 
@@ -54,6 +55,7 @@ class Assembly:
     unasked: list[str] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
     left_out: list[nn.Parameter] = field(default_factory=list)
+    absent: frozenset[str] = frozenset()
     faults: list[Fault] = field(default_factory=list)
     distiller: Distiller | None = None
 
@@ -80,10 +82,14 @@ def assemble(
     parts: Parts,
     seed: int,
     device: torch.device,
+    absent: Collection[str] = (),
 ) -> Assembly:
-    """Wire a stage; modules that it inherits are taken from ``parts``, new ones are put there."""
+    """Wire a stage; modules that it inherits are taken from ``parts``, new ones are put there.
+
+    Of teachers in the roles ``absent`` the models are there on the meta device, to be looked at.
+    """
     roles = {role: models[entry.instance] for role, entry in stage.roles.items()}
-    assembly = Assembly(stage, roles, parts)
+    assembly = Assembly(stage, roles, parts, absent=frozenset(absent))
     faults = assembly.faults
     make = Maker(builder, stage, parts, seed, device, faults)
     assembly.auxiliary = make.auxiliary()
@@ -113,6 +119,7 @@ def assemble(
     auxiliary, assembly.unasked = _asked([*auxiliary, *adapting], terms, wiring)
     if not faults:
         faults.extend(_idle_controls(builder, stage, [*auxiliary, *terms]))
+        faults.extend(_unfit_for_fast(builder, stage, wiring))
     if not faults:
         controls = {role: output_control(t.control, seed) for role, t in stage.teachers.items()}
         assembly.distiller = _distiller(assembly, wiring, auxiliary, terms, device, controls)
@@ -129,6 +136,26 @@ def _idle_controls(builder: Builder, stage: Stage, calls: list[Call]) -> Iterato
                 f"stage '{stage.name}' reads; for its features there is {RANDOM_TEACHER}"
             )
             yield builder.experiment.fault((*teacher.path, "control"), message)
+
+
+def _unfit_for_fast(builder: Builder, stage: Stage, wiring: Wiring) -> Iterator[Fault]:
+    """Yield a fault for each teacher that is to be fast and cannot be."""
+    for role, teacher in stage.teachers.items():
+        if teacher.fast is None:
+            continue
+        place = (*teacher.path, "fast")
+        if role in stage.compile:
+            message = (
+                f"'{role}' is in the stage's 'compile' too, which is for the plain model; write "
+                "compile: true within 'fast' alone"
+            )
+            yield builder.experiment.fault(place, message)
+        if stage.parallel == "fsdp":
+            message = "parallel: fsdp shards the teacher as it is; use parallel: ddp, or no 'fast'"
+            yield builder.experiment.fault(place, message)
+        for name in (name for name, of in wiring.rows.items() if of == role):
+            message = f"'{name}' stands in the teacher's row, which a copy of it must not have"
+            yield builder.experiment.fault(place, message)
 
 
 def _term_calls(assembly: Assembly, wiring: Wiring, make: Maker) -> tuple[list[Call], list[Call]]:
@@ -159,7 +186,9 @@ def _distiller(
     reduced = (device.type, REDUCED[stage.precision]) if stage.precision in REDUCED else None
     return Distiller(
         student=models[STUDENT],
-        teachers={role: models[role] for role in stage.teachers},
+        teachers={
+            role: models[role] if role not in assembly.absent else None for role in stage.teachers
+        },
         auxiliary=auxiliary,
         criterion=Criterion(terms, weights),
         captures=_captures_asked(wiring, [*auxiliary, *terms]),
@@ -177,7 +206,8 @@ def why_whole(stage: Stage, role: str) -> str | None:
     redesign = stage.roles[role].redesign
     if redesign is not None:
         return f"redesign: {redesign.type}"
-    if role in stage.compile:
+    fast = stage.teachers[role].fast if role in stage.teachers else None
+    if role in stage.compile or (fast is not None and fast.compile):
         return "it is compiled"
     return "parallel: fsdp gathers whole forwards" if sharding.is_sharded(stage) else None
 

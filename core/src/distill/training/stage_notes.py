@@ -49,6 +49,8 @@ def _extents(assembly: Assembly, rehearsal: Rehearsal) -> Iterator[str]:
     assert distiller is not None
     for role, extent in distiller.extents.items():
         captured = role in distiller.captures
+        if role in assembly.absent:
+            continue  # of which is told what is stored
         if extent == "nothing":
             yield f"{role} does not run: nothing is asked of it"
         elif role in distiller.uncut:

@@ -19,24 +19,25 @@ from distill.data.source import Source
 from distill.errors import DataError, NumericalError
 from distill.model.wiring import CallError
 from distill.observer import Numbers, StageResult
-from distill.reference import STUDENT
 from distill.training import sharding
 from distill.training.average import Average
 from distill.training.checkpoint import load_weights, peer_file, save_weights
 from distill.training.failures import module_error
-from distill.training.form import compiled
 from distill.training.frozen_teachers import Unchanged
 from distill.training.loop import AfterStep, EpochSummary, Loop
 from distill.training.measuring import Best, Measuring
 from distill.training.non_finite import NonFinite, explanation
-from distill.training.optimizer import build_optimization
-from distill.training.prepared import Prepared, prepare
+from distill.training.prepared import prepare
+from distill.training.profile import Speed, StepClock, forget_peak_memory
+from distill.training.ready import make_ready
 from distill.training.schedule import ScheduleError
-from distill.training.seed_run import SeedRun, memory_format
-from distill.training.spread import Spread, spread
+from distill.training.seed_run import SeedRun
+from distill.training.spread import Spread
 from distill.training.stage_events import StageEvents, count_parameters
-from distill.training.stage_notes import stage_notes
-from distill.training.term_gradients import TermProbe, unmeasured
+from distill.training.stored_stage import (
+    fingerprints_wanted,
+    with_stored,
+)
 from distill.training.traceless import keeps_its_own
 
 SINGLE = "more than 1 value per channel"
@@ -58,53 +59,15 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
     stage = run.builder.experiment.stages[number]
     run.trained.update([stage.student.model, *stage.peers.values()])
     run.trained.update(t.instance for t in stage.teachers.values() if t.mode == "train")
+    forget_peak_memory(run.device)
     with ExitStack() as stack:
-        training = _training(run, number, prepare(run, stage, stack), state, stack)
+        ready = make_ready(run, prepare(run, stage, stack), stack)
+        teachers = ready.measuring.teachers() if state is None else state["teachers"]
+        training = _Training(run, number, stage, **vars(ready), teachers=teachers)
         if state is not None:
             training.resume(state)
         training.train()
         return training.finish()
-
-
-def _training(
-    run: SeedRun,
-    number: int,
-    prepared: Prepared,
-    state: Mapping[str, Any] | None,
-    stack: ExitStack,
-) -> _Training:
-    source, plan = prepared.source, prepared.plan
-    stage = prepared.assembly.stage
-    over = spread(run, prepared.assembly, source, prepared.rehearsal, stack)
-    distiller = over.assembly.distiller
-    assert distiller is not None
-    trained = over.assembly.trained()
-    optimization = build_optimization(run.builder, stage, trained, run.device, distiller.criterion)
-    models = [over.assembly.roles[role] for role in stage.compile]
-    keeps_graph = stage.term_gradients or optimization.split is not None
-    stack.enter_context(compiled(models, keeps_graph=keeps_graph))
-    probe = TermProbe(distiller, run.device, stage.name) if stage.term_gradients else None
-    runs = distiller.extents[STUDENT] != "nothing"
-    trains = any(p.requires_grad for p in over.assembly.roles[STUDENT].parameters())
-    peers = {name: over.assembly.auxiliary[name] for name in stage.measured_peers}
-    measuring = Measuring(run, stage, over.assembly.roles, over.average, runs or trains, peers)
-    teachers = measuring.teachers() if state is None else state["teachers"]
-    loop = Loop(
-        over.parallel.module,
-        optimization,
-        run.device,
-        run.seed,
-        stage.name,
-        run.builder.experiment.log_every,
-        run.mixing(stage),
-        memory_format(stage),
-        over.parallel.hold,
-        probe,
-    )
-    training = _Training(run, number, stage, over, loop, plan, source, measuring, teachers)
-    training.notes = stage_notes(prepared.assembly, plan, prepared.rehearsal)
-    training.notes += unmeasured(stage, plan, loop.log_every)
-    return training
 
 
 @dataclass
@@ -119,12 +82,13 @@ class _Training:
     plan: Plan
     source: Source
     measuring: Measuring
+    notes: list[str]
     teachers: dict[str, dict[str, float]]
-    notes: list[str] = field(default_factory=list)
     first_epoch: int = 0
     best: Best = field(default_factory=Best)
     validation: Numbers = field(default_factory=dict)
     seconds: float = 0.0
+    speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self) -> None:
         self.events = StageEvents(self.run, self.number, self.stage, self.plan)
@@ -141,6 +105,14 @@ class _Training:
         return self.spread.average
 
     @property
+    def _clock(self) -> StepClock:
+        assert self.loop.clock is not None
+        return self.loop.clock
+
+    def _speed(self) -> Speed:
+        return self.speed.after(self._clock, self.run.device)
+
+    @property
     def directory(self) -> Path:
         return self.run.directory / self.stage.name
 
@@ -150,6 +122,7 @@ class _Training:
         self.loop.optimization.load_state_dict(state["optimization"])
         self.best = Best(**state["best"])
         self.validation, self.seconds = state["validation"], state["seconds"]
+        self.speed = Speed(**state.get("speed", {}))
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
@@ -158,7 +131,11 @@ class _Training:
         trainable = sum(p.numel() for p in self.spread.assembly.trainable())
         parameters = count_parameters(self.student)
         self.events.start(self.first_epoch, parameters, trainable, self.teachers, self.notes)
-        roles = {role: self.spread.assembly.roles[role] for role in self.stage.teachers}
+        assembly, distiller = self.spread.assembly, self.spread.assembly.distiller
+        assert distiller is not None
+        fast = {role: form.model for role, form in distiller.fast.items()}
+        present = [role for role in self.stage.teachers if role not in assembly.absent]
+        roles = {role: fast.get(role, assembly.roles[role]) for role in present}
         modes = {role: teacher.mode for role, teacher in self.stage.teachers.items()}
         watch = Unchanged(roles, modes)
         self._tell_specials("stage_start")
@@ -185,6 +162,8 @@ class _Training:
         stage, first_step = self.stage, epoch * self.plan.steps
         self.criterion.set_position(epoch, first_step)
         mixing = self.loop.mixing
+        distiller = self.spread.assembly.distiller
+        assert distiller is not None
         batches = training_batches(
             self.source,
             self.plan,
@@ -192,12 +171,15 @@ class _Training:
             seed=self.run.seed,
             epoch=epoch,
             lead=mixing.lead if mixing else 0,
+            fingerprints=fingerprints_wanted(stage, distiller.stores),
         )
+        batches = with_stored(batches, distiller.stores)
         try:
             return self.loop.epoch(
                 batches,
                 epoch=epoch,
                 first_step=first_step,
+                steps=self.plan.steps,
                 on_log=lambda progress: self.events.log(
                     epoch, progress, self.loop.optimization.lr, self._scheduled_weights()
                 ),
@@ -274,6 +256,8 @@ class _Training:
 
     def _end_epoch(self, epoch: int, summary: EpochSummary, lr: float) -> None:
         self.seconds += summary.seconds
+        self.speed.samples += summary.samples
+        self.speed.seconds += summary.seconds
         self._share_state()
         evaluate = self.stage.evaluate
         is_due = evaluate.unit == "epochs" and (epoch + 1) % evaluate.every == 0
@@ -314,6 +298,7 @@ class _Training:
         measured = {}
         if test is not None and self.measuring.takes_part:
             measured = self.measuring.test(test.dataset, test.metrics)
+        speed = self._speed()
         result = StageResult(
             seed=self.run.seed,
             stage=self.stage.name,
@@ -326,6 +311,10 @@ class _Training:
             best_epoch=self.best.epoch,
             test=measured,
             teachers=self.teachers,
+            samples_per_second=speed.samples_per_second,
+            teacher_share=speed.share if self.stage.teachers else None,
+            peak_memory=speed.memory,
+            profile=self._clock.profile(),
         )
         self.run.results.append(result)
         # What goes on first: it is what the test measures.
@@ -375,5 +364,6 @@ class _Training:
             "best": vars(self.best),
             "validation": dict(self.validation),
             "seconds": self.seconds,
+            "speed": vars(self._speed()),
             "teachers": self.teachers,
         }

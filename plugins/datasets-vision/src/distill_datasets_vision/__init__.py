@@ -7,6 +7,7 @@ The name in an experiment file is torchvision's own: ``CIFAR10``, ``RandomCrop``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchvision.models import VisionTransformer
 
 from distill import hookimpl
 from distill_datasets_vision.batch_transforms import CutMix, MixUp, MixUpOrCutMix
+from distill_datasets_vision.batched_transforms import batched_transforms
 from distill_datasets_vision.cifar import cifar_models
 from distill_datasets_vision.datasets import torchvision_datasets
 from distill_datasets_vision.digits import Digits
@@ -22,6 +24,7 @@ from distill_datasets_vision.hub_models import torch_hub
 from distill_datasets_vision.image_files import ImageFiles, ImageMaskFolders
 from distill_datasets_vision.models import torchvision_models
 from distill_datasets_vision.nested_transforms import RandomApply, RandomChoice, RandomOrder
+from distill_datasets_vision.packed import Packed, Packer
 from distill_datasets_vision.timm_models import timm
 from distill_datasets_vision.transforms import torchvision_transforms
 from distill_datasets_vision.tv_tensors import TVTensors
@@ -35,11 +38,14 @@ __all__ = [
     "ImageMaskFolders",
     "MixUp",
     "MixUpOrCutMix",
+    "Packed",
     "TVTensors",
     "distill_batch_transforms",
+    "distill_batched_transforms",
     "distill_dataset_wrappers",
     "distill_datasets",
     "distill_models",
+    "distill_packers",
     "distill_presets",
     "distill_transforms",
 ]
@@ -47,12 +53,13 @@ __all__ = [
 
 @hookimpl
 def distill_datasets() -> Mapping[str, Callable[..., Any]]:
-    """``Digits``, folders of images, and the data sets of ``torchvision.datasets``."""
+    """``Digits``, folders of images, packed ones, and the data sets of ``torchvision.datasets``."""
     return {
         **torchvision_datasets(),
         "Digits": Digits,
         "ImageFiles": ImageFiles,
         "ImageMaskFolders": ImageMaskFolders,
+        "Packed": Packed,
     }
 
 
@@ -71,6 +78,12 @@ def distill_transforms() -> Mapping[str, Callable[..., Any]]:
         "RandomChoice": RandomChoice,
         "RandomOrder": RandomOrder,
     }
+
+
+@hookimpl
+def distill_batched_transforms() -> Mapping[str, Callable[..., Any]]:
+    """Those of torchvision's transforms that have a form for whole batches."""
+    return batched_transforms()
 
 
 @hookimpl
@@ -94,6 +107,12 @@ def distill_models() -> Mapping[str, Callable[..., Any]]:
         "timm": timm,
         "torch_hub": torch_hub,
     }
+
+
+@hookimpl
+def distill_packers() -> Mapping[str, Callable[..., Any]]:
+    """Images as JPEGs or pixels, at the size that they are trained on; ``Packed`` reads them."""
+    return {"jpeg": partial(Packer, "jpeg"), "raw": partial(Packer, "raw")}
 
 
 @hookimpl

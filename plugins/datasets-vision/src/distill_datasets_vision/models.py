@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,23 +39,28 @@ def model_factory(name: str) -> Builder:
     The factory raises TypeError for a parameter that the model does not have, and ValueError for
     weights that it does not have.
     """
-    builder = get_model_builder(name)
-    signature = model_signature(builder)
+    return _Factory(name)
 
-    def factory(**params: Any) -> nn.Module:
+
+class _Factory:
+    """See ``model_factory``. The signature is put together when it is first looked at."""
+
+    def __init__(self, name: str) -> None:
+        self._builder = get_model_builder(name)
+        self.__name__ = self.__qualname__ = name
+        self.__doc__ = inspect.getdoc(self._builder)
+
+    @cached_property
+    def __signature__(self) -> inspect.Signature:
+        return model_signature(self._builder)
+
+    def __call__(self, **params: Any) -> nn.Module:
+        name, signature = self.__name__, self.__signature__
         _refuse_unknown(name, params, signature)
         for key in WEIGHTS & signature.parameters.keys():
             params[key] = _find_weights(name, key, params)
         with _surroundings(name, params):
-            return builder(**params)
-
-    factory.__name__ = factory.__qualname__ = name
-    factory.__doc__ = inspect.getdoc(builder)
-    factory.__signature__ = signature  # type: ignore[attr-defined]
-    factory.__annotations__ = {
-        parameter.name: parameter.annotation for parameter in signature.parameters.values()
-    } | {"return": signature.return_annotation}
-    return factory
+            return self._builder(**params)
 
 
 def _surroundings(name: str, params: Mapping[str, Any]) -> AbstractContextManager[Any]:

@@ -1,0 +1,295 @@
+"""What stored outputs of teachers cost and save: rows on disk, epochs, views of one reading.
+
+``rows``: microseconds to write and to read what a sample's 1,000 logits take, against one file a
+sample, and a store of as many samples as ImageNet has, filled and read.
+``epochs``: a ResNet-18 learning from ResNets: without a store, filling one, reading it, and the
+same loop with targets for free. Augmentation is on: each epoch takes a view of every sample.
+``views``: an epoch of distillation with four views taken from each decoding of a JPEG and the
+teacher's logits stored, against an epoch of plain training, which decodes every image.
+
+All sides of a comparison run in one process and in turns; printed are medians and their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy
+import torch
+from engine import opened
+from PIL import Image
+from timing import taking_turns
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distill.data.loader import training_batches
+from distill.model.stored import Outputs
+from distill.store.rows import CHECKS, ROWS, Rows, create, open_rows
+from distill.training.loop import Loop
+from distill.training.prepared import prepare
+from distill.training.ready import make_ready
+from distill.training.seed_run import SeedRun
+from distill.training.stored_stage import fingerprints_wanted, with_stored
+
+CPU = torch.device("cpu")
+WIDTH, IMAGENET, BATCH = 2_000, 1_281_167, 64
+TEACHERS = ["resnet34", "resnet50", "resnet101", "resnet152"]
+PUBLISHED = {"resnet34": (983, 878), "resnet50": (1_129, 906), "resnet101": (1_525, 892)}
+PUBLISHED["resnet152"] = (1_944, 917)
+"""Seconds an epoch of ImageNet without and with stored outputs, as a published framework has it."""
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Random images (3, size, size) uint8 in memory."""
+
+    def __init__(self, samples: int, size: int):
+        generator = torch.Generator().manual_seed(0)
+        shape = (samples, 3, size, size)
+        self.images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], index % 10
+
+
+class Photos(Dataset[tuple[Image.Image, int]]):
+    """JPEG files of 500 x 375 smooth random pixels."""
+
+    def __init__(self, folder: str):
+        self.files = sorted(Path(folder).glob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.open(self.files[index]).convert("RGB"), index % 10
+
+
+class Free(nn.Module):
+    """A teacher whose outputs cost nothing."""
+
+    def __init__(self, classes: int = 1000):
+        super().__init__()
+        self.register_buffer("logits", torch.randn(1024, classes))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return random logits (B, classes)."""
+        logits: Any = self.logits
+        return logits[: len(inputs)]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to train, ready to run an epoch."""
+
+    run: SeedRun
+    loop: Loop
+    source: Any
+    plan: Any
+    stores: Mapping[str, Outputs]
+
+    def epoch(self, number: int = 0) -> None:
+        """Train for one epoch as `distill run` does."""
+        stage = self.run.builder.experiment.stages[0]
+        batches = training_batches(
+            self.source,
+            self.plan,
+            seed=0,
+            epoch=number,
+            fingerprints=fingerprints_wanted(stage, self.stores),
+        )
+        self.loop.epoch(with_stored(batches, self.stores), epoch=number)
+
+    def forget(self) -> None:
+        """Empty the stores."""
+        for outputs in self.stores.values():
+            outputs.rows.forget(numpy.arange(len(outputs.rows)))
+
+    def filling(self) -> None:
+        """Train for an epoch in which nothing is stored yet."""
+        self.forget()
+        self.epoch()
+
+
+def side(described: Mapping[str, Any], folder: Path, stack: ExitStack) -> Side:
+    """Put together what an experiment's only stage is."""
+    folder.mkdir()
+    run = opened(described, folder, {"Images": Images, "Photos": Photos}, {"Free": Free})
+    run.builder.stores = folder / "stores"
+    (stage,) = run.builder.experiment.stages
+    ready = make_ready(run, prepare(run, stage, stack), stack)
+    distiller = ready.spread.assembly.distiller
+    assert distiller is not None
+    return Side(run, ready.loop, ready.source, ready.plan, distiller.stores)
+
+
+def described(teacher: str | None, data: Mapping[str, Any], dataset: Any, **role: Any) -> Any:
+    """Return an experiment: a ResNet-18 with a teacher, or alone."""
+    models = {"student": {"type": "resnet18"}}
+    stage: dict[str, Any] = {
+        "name": "distil",
+        "epochs": 4,
+        "data": {"train": "train", **data},
+        "student": {"model": "student"},
+        "criterion": {"ce": {"type": "CrossEntropyLoss"}},
+        "optimizer": {"type": "SGD", "params": {"lr": 1e-3, "momentum": 0.9}},
+        "metrics": [],
+    }
+    if teacher is not None:
+        models["teacher"] = {"type": teacher}
+        stage["teacher"] = {"model": "teacher", **role}
+        stage["criterion"] = {"kd": {"type": "KDLoss"}}
+    return {
+        "name": "store",
+        "device": "cpu",
+        "datasets": {"train": dataset},
+        "models": models,
+        "stages": [stage],
+        "observers": [],
+    }
+
+
+def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
+    """Print what epochs cost with and without a store."""
+    transforms = [
+        {"type": "RandomCrop", "params": {"size": size, "padding": 4}},
+        "RandomHorizontalFlip",
+        {"type": "ToDtype", "params": {"dtype": "float32", "scale": True}},
+        {"type": "Normalize", "params": {"mean": [0.5] * 3, "std": [0.25] * 3}},
+    ]
+    params = {"samples": samples, "size": size}
+    dataset = {"type": "Images", "params": params, "transforms": transforms}
+    data = {"batch_size": 16, "views": 1}
+    print(f"ResNet-18, {samples} images of {size} x {size}, batches of 16, seconds an epoch")
+    print(
+        "| teacher | no store | filling | stored | free targets | filling : no store |"
+        " stored : free | no store : stored | published |"
+    )
+    print("| --- " * 9 + "|")
+    for teacher in teachers:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            plain = side(described(teacher, data, dataset), Path(folder, "plain"), stack)
+            role = {"store": True}
+            stored = side(described(teacher, data, dataset, **role), Path(folder, "s"), stack)
+            filling = side(described(teacher, data, dataset, **role), Path(folder, "f"), stack)
+            free = side(described("Free", data, dataset), Path(folder, "free"), stack)
+            stored.epoch()
+            tasks = [plain.epoch, filling.filling, stored.epoch, free.epoch]
+            no, first, later, none = taking_turns(tasks, turns, CPU)
+        without, with_store = PUBLISHED[teacher]
+        print(
+            f"| {teacher} | {no:.2f} | {first:.2f} | {later:.2f} | {none:.2f} | {first / no:.3f} | "
+            f"{later / none:.3f} | {no / later:.2f} | {without / with_store:.2f} |",
+            flush=True,
+        )
+
+
+def views(turns: int, samples: int, crop: int) -> None:
+    """Print what an epoch costs whose views come four at a time from one decoding."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        photos = Path(folder, "photos")
+        photos.mkdir()
+        for number in range(samples):
+            generator = numpy.random.default_rng(number)
+            small = generator.integers(0, 256, (47, 63, 3), dtype=numpy.uint8)
+            image = Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
+            image.save(photos / f"{number:05}.jpg", quality=90)
+        transforms = [
+            {"type": "RandomResizedCrop", "params": {"size": crop}},
+            "RandomHorizontalFlip",
+            "ToImage",
+            {"type": "ToDtype", "params": {"dtype": "float32", "scale": True}},
+        ]
+        dataset = {"type": "Photos", "params": {"folder": str(photos)}, "transforms": transforms}
+        alone = side(described(None, {"batch_size": 32}, dataset), Path(folder, "alone"), stack)
+        data = {"batch_size": 32, "views": 4, "views_at_once": 4}
+        role = {"store": {"encoding": "top_k"}}
+        one = side(described("resnet18", data, dataset, **role), Path(folder, "one"), stack)
+        one.epoch()
+        plain, stored = taking_turns([alone.epoch, one.epoch], turns, CPU)
+    print(f"\n{samples} JPEGs of 500 x 375, crops of {crop}, ResNet-18, one process")
+    print(
+        f"plain training {plain:.2f} s an epoch; distillation, stored, 4 views at once "
+        f"{stored:.2f} s: {stored / plain:.3f} (published best: 0.84)"
+    )
+
+
+def rows(samples: int) -> None:
+    """Print what rows cost on disk."""
+    generator = numpy.random.default_rng(0)
+    content = generator.integers(0, 256, (BATCH, WIDTH), dtype=numpy.uint8)
+    inputs = generator.integers(1, 2**63, BATCH, dtype=numpy.uint64)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        order = generator.permutation(samples)[: samples // BATCH * BATCH].reshape(-1, BATCH)
+        started = perf_counter()
+        create(Path(folder, "store"), {}, samples, WIDTH)
+        store = open_rows(Path(folder, "store"))
+        write = _timed(order, lambda at: store.write(at, content, inputs))
+        read = _timed(order, lambda at: _all_valid(store, at, inputs))
+        again = _timed(order, lambda at: _all_valid(store, at, inputs))
+        seconds = perf_counter() - started
+        files = [Path(folder, "store", name) for name in (ROWS, CHECKS)]
+        nbytes = sum(file.stat().st_size for file in files)
+        print(
+            f"{samples:,} samples x 1,000 float16 logits: {nbytes / samples:,.0f} bytes each, "
+            f"{len(list(Path(folder, 'store').iterdir()))} files, {seconds:.1f} s in all"
+        )
+        print(f"microseconds a row: written {write:.1f}, read {read:.1f}, again {again:.1f}")
+        few, folder_of_files = 2_000, Path(folder, "files")
+        folder_of_files.mkdir()
+        logits = torch.randn(1000)
+        started = perf_counter()
+        for number in range(few):
+            torch.save({"logits": logits}, folder_of_files / f"{number}.pt")
+        written = (perf_counter() - started) / few
+        started = perf_counter()
+        for number in range(few):
+            torch.load(folder_of_files / f"{number}.pt", weights_only=True)
+        loaded = (perf_counter() - started) / few
+        print(f"a file a sample, by torch: written {written * 1e6:,.0f}, read {loaded * 1e6:,.0f}")
+
+
+def _timed(order: Any, work: Callable[[Any], object]) -> float:
+    """Return the median microseconds a row."""
+    times = []
+    for at in order:
+        started = perf_counter()
+        work(at)
+        times.append(perf_counter() - started)
+    return median(times) / BATCH * 1e6
+
+
+def _all_valid(store: Rows, at: Any, inputs: Any) -> None:
+    assert store.read(at, inputs).valid.all()
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", default=["rows", "epochs", "views"])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=96, help="of an epoch")
+    parser.add_argument("--size", type=int, default=64, help="of images")
+    parser.add_argument("--rows", type=int, default=IMAGENET)
+    parser.add_argument("--teachers", nargs="*", default=TEACHERS)
+    given = parser.parse_args()
+    if "rows" in given.what:
+        rows(given.rows)
+    if "epochs" in given.what:
+        epochs(given.turns, given.samples, given.size, given.teachers)
+    if "views" in given.what:
+        views(given.turns, given.samples, given.size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What teachers gave, kept on disk."""

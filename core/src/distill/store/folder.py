@@ -1,0 +1,119 @@
+"""The stores in a folder: which there are, whether they are sound, and which nobody uses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import Any
+
+import numpy
+
+from distill.errors import StorageError
+from distill.store.rows import META, Rows, open_rows, read_meta
+
+BLOCK = 4096
+"""So many rows are verified at a time."""
+BEING_MADE = 3600
+"""Seconds after which a store that is still being made belongs to a process that has died."""
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A store in a folder.
+
+    Attributes:
+        meta: what it says of itself; ``None`` if it is damaged beyond use.
+        filled: rows that have been written.
+        nbytes: on disk.
+        unused: days since it was last opened.
+    """
+
+    folder: Path
+    meta: dict[str, Any] | None
+    filled: int
+    nbytes: int
+    unused: float
+
+    @property
+    def name(self) -> str:
+        """Its name, by which commands know it."""
+        return self.folder.name
+
+
+def entries(stores: Path) -> list[Entry]:
+    """Return the stores of a folder, the one used last first."""
+    found = [folder for folder in _folders(stores) if not folder.name.startswith(".")]
+    return sorted((_entry(folder) for folder in found), key=lambda entry: entry.unused)
+
+
+def _folders(stores: Path) -> Iterator[Path]:
+    if stores.is_dir():
+        yield from (path for path in stores.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def _entry(folder: Path) -> Entry:
+    nbytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    unused = _age(folder / META) / DAY
+    try:
+        meta = read_meta(folder)
+        filled = open_rows(folder, touch=False).filled
+    except StorageError:
+        return Entry(folder, None, 0, nbytes, unused)
+    return Entry(folder, meta, filled, nbytes, unused)
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file, or the folder around it, was changed."""
+    there = path if path.exists() else path.parent
+    return max(time() - there.stat().st_mtime, 0.0)
+
+
+def verify(store: Path) -> tuple[int, int]:
+    """Look at every row of a store; damaged ones count as absent from now on.
+
+    Returns:
+        How many rows there are, and how many of them were damaged.
+
+    Raises:
+        StorageError: if it is damaged beyond use.
+    """
+    rows: Rows = open_rows(store, touch=False)
+    filled, damaged = rows.filled, 0
+    for first in range(0, len(rows), BLOCK):
+        wrong = rows.damaged(numpy.arange(first, min(first + BLOCK, len(rows))))
+        if len(wrong):
+            rows.forget(wrong)
+            damaged += len(wrong)
+    return filled, damaged
+
+
+def garbage(stores: Path, unused_days: float) -> list[Path]:
+    """Return what of a folder can go: stores that nobody has used for long, or can use.
+
+    Of others' folders nothing is returned: only what looks like a store, or like one being made.
+    """
+    found = [
+        entry.folder
+        for entry in entries(stores)
+        if _is_store(entry.folder) and (entry.meta is None or entry.unused > unused_days)
+    ]
+    hidden = [path for path in _folders(stores) if path.name.startswith(".") and _is_store(path)]
+    return found + [path for path in hidden if _age(path / META) > BEING_MADE]
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a store does."""
+    known = {"rows.bin", "checks.bin", META, "measured.json"}
+    names = {file.name for file in folder.iterdir() if not file.name.startswith(".measured")}
+    return bool(names) and names <= known
+
+
+def remove(store: Path) -> int:
+    """Remove a store and return how many bytes it had."""
+    nbytes = sum(file.stat().st_size for file in store.iterdir() if file.is_file())
+    shutil.rmtree(store)
+    return nbytes

@@ -1,0 +1,212 @@
+"""Rows of fixed width on disk, each with a check of its own: read without locks, never wrong.
+
+A folder holds three files. ``meta.json`` says what the rows are. ``rows.bin`` has them one behind
+the other. ``checks.bin`` has for each row the fingerprint of the input that it was computed from,
+and a check over row and fingerprint; zeros say that there is none. Whatever happens to a row, by
+two writers at once, a crash, a flipped bit or a file cut short, its check does not fit any more,
+and it counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import xxhash
+from numpy.typing import NDArray
+
+from distill.errors import StorageError
+
+FORMAT = 1
+CHECK = numpy.dtype([("fingerprint", "<u8"), ("check", "<u4")])
+"""Twelve bytes a row."""
+META, ROWS, CHECKS = "meta.json", "rows.bin", "checks.bin"
+Bytes = NDArray[numpy.uint8]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An open store.
+
+    Attributes:
+        folder: that its files are in.
+        meta: what ``meta.json`` says.
+        rows: uint8 (rows, width), mapped from the disk.
+        checks: (rows,), likewise.
+    """
+
+    folder: Path
+    meta: Mapping[str, Any]
+    rows: Bytes
+    checks: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.checks)
+
+    @property
+    def filled(self) -> int:
+        """How many rows have been written, right or wrong."""
+        return int(numpy.count_nonzero(self.checks["check"]))
+
+    def read(self, at: NDArray[numpy.int64], fingerprints: NDArray[numpy.uint64]) -> Found:
+        """Read rows that were computed from the very same inputs.
+
+        Args:
+            at: numbers of rows (B,).
+            fingerprints: of the inputs (B,).
+        """
+        rows, checks = self.rows[at], self.checks[at]
+        valid = checks["fingerprint"] == fingerprints
+        for number in numpy.flatnonzero(valid):
+            if _check(rows[number], int(fingerprints[number])) != checks["check"][number]:
+                valid[number] = False
+        damaged = (checks["check"] != 0) & ~valid
+        return Found(rows, valid, int(damaged.sum()))
+
+    def write(
+        self, at: NDArray[numpy.int64], rows: Bytes, fingerprints: NDArray[numpy.uint64]
+    ) -> None:
+        """Write rows in place; a row counts once its check is written, which comes last."""
+        checks = numpy.empty(len(at), CHECK)
+        checks["fingerprint"] = fingerprints
+        pairs = zip(rows, fingerprints.tolist(), strict=True)
+        checks["check"] = [_check(row, fingerprint) for row, fingerprint in pairs]
+        self.rows[at] = rows
+        self.checks[at] = checks
+
+    def damaged(self, at: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
+        """Return which of some rows have been written and are not what was written."""
+        rows, checks = self.rows[at], self.checks[at]
+        written = numpy.flatnonzero(checks["check"])
+        wrong = [
+            number
+            for number in written
+            if _check(rows[number], int(checks["fingerprint"][number])) != checks["check"][number]
+        ]
+        return at[wrong]
+
+    def forget(self, at: NDArray[numpy.int64]) -> None:
+        """Let rows count as absent."""
+        self.checks[at] = numpy.zeros((), CHECK)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was read.
+
+    Attributes:
+        rows: uint8 (B, width); those that are not valid hold anything.
+        valid: bool (B,).
+        refused: how many there are that are damaged or of another input.
+    """
+
+    rows: Bytes
+    valid: NDArray[numpy.bool_]
+    refused: int
+
+
+def _check(row: Bytes, fingerprint: int) -> int:
+    return (xxhash.xxh3_64_intdigest(row.data, fingerprint) & 0xFFFFFFFF) or 1
+
+
+def create(folder: Path, meta: Mapping[str, Any], rows: int, width: int) -> None:
+    """Make an empty store, unless there is one; its place on disk is taken at once.
+
+    Raises:
+        StorageError: if there is no room for it, or it cannot be written.
+    """
+    if (folder / META).is_file():
+        return
+    needed = rows * (width + CHECK.itemsize)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if needed > free:
+            raise StorageError(
+                f"a store of {rows:,} rows of {width:,} bytes takes {needed / 1e9:,.1f} GB in "
+                f"{folder.parent}, where {free / 1e9:,.1f} GB are free; encoding: top_k or int8 "
+                "takes less, and --stores names another folder"
+            )
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _take_place(new / ROWS, rows * width)
+            _take_place(new / CHECKS, rows * CHECK.itemsize)
+            full = {"format": FORMAT, **meta, "rows": rows, "width": width}
+            (new / META).write_text(json.dumps(full, indent=1))
+            new.chmod(0o755)
+            new.rename(folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            if not (folder / META).is_file():  # else another process was first
+                raise
+    except OSError as error:
+        raise StorageError(f"the store {folder} cannot be made: {error}") from error
+
+
+def _take_place(file: Path, size: int) -> None:
+    """Make a file of zeros and take its room: a full disk would kill a process that maps it."""
+    with file.open("wb") as opened:
+        if size:
+            os.posix_fallocate(opened.fileno(), 0, size)
+        opened.truncate(size)
+
+
+def open_rows(folder: Path, *, touch: bool = True) -> Rows:
+    """Open a store; files that have been cut short get their length back, filled with zeros.
+
+    Args:
+        folder: of the store.
+        touch: whether that counts as using it.
+
+    Raises:
+        StorageError: if it is no store, or one of another version.
+    """
+    meta = read_meta(folder)
+    try:
+        rows = _mapped(folder / ROWS, numpy.dtype(numpy.uint8), (meta["rows"], meta["width"]))
+        checks = _mapped(folder / CHECKS, CHECK, (meta["rows"],))
+        if touch:
+            with suppress(OSError):
+                os.utime(folder / META)
+    except OSError as error:
+        raise StorageError(f"the store {folder} cannot be opened: {error}") from error
+    return Rows(folder, meta, rows, checks)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return what a store says of itself.
+
+    Raises:
+        StorageError: if it is no store, or one of another version.
+    """
+    try:
+        meta: dict[str, Any] = json.loads((folder / META).read_text())
+        known = meta["format"] == FORMAT
+        sizes = (meta["rows"], meta["width"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StorageError(
+            f"{folder} is no store, or a damaged one: {error}; `distill store gc` removes it"
+        ) from error
+    if not known or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise StorageError(f"{folder} was written by another version of distill")
+    return meta
+
+
+def _mapped(file: Path, dtype: numpy.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    size = dtype.itemsize * int(numpy.prod(shape))
+    if not file.exists() or file.stat().st_size != size:
+        with file.open("ab") as opened:
+            opened.truncate(size)
+            os.posix_fallocate(opened.fileno(), 0, max(size, 1))
+    if size == 0:
+        return numpy.zeros(shape, dtype)
+    mapped = numpy.memmap(file, dtype, "r+", shape=shape)
+    return mapped.view(numpy.ndarray)

@@ -1,0 +1,171 @@
+"""Teachers' outputs stored ahead of a run: every view of every sample, without a student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from distill import distributed
+from distill.config.experiment import Experiment, Stage
+from distill.data.loader import training_batches
+from distill.data.plan import Plan
+from distill.errors import UsageError
+from distill.model.distiller import Distiller
+from distill.registry import Registry
+from distill.runner import begin, check_to_run, chosen_device, open_sources
+from distill.training.build import Builder
+from distill.training.in_memory import keep_data
+from distill.training.measuring import Measuring
+from distill.training.prepared import Prepared, prepare
+from distill.training.seed_run import SeedRun, memory_format
+from distill.training.stored_stage import fingerprints_wanted, put_into_use, with_stored
+
+Say = Callable[[str], None]
+TOLD_EVERY = 10.0
+"""Seconds between two lines of progress."""
+
+
+def build_stores(
+    experiment: Experiment,
+    registry: Registry,
+    stores: Path,
+    say: Say,
+    *,
+    stage: str | None = None,
+    allow_remote_code: bool = False,
+) -> None:
+    """Fill the store of every teacher of an experiment that has the key ``store``.
+
+    Args:
+        experiment: what ``load`` returns.
+        registry: what ``plugins`` returns.
+        stores: the folder for stores.
+        say: is told what is under way, on the main process.
+        stage: the only one whose teachers are meant, ``None`` for all.
+        allow_remote_code: whether components may fetch code from elsewhere and run it.
+
+    Raises:
+        DistillError: with a message for the user.
+    """
+    stages = _stages(experiment, stage)
+    check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
+    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code, stores=stores)
+    device = chosen_device(experiment)
+    distributed.join(device)
+    sources = open_sources(builder)
+    for one in stages:
+        # What is drawn once for all runs depends on a seed only where samples are mixed.
+        seeds = experiment.seeds if one.data.batch_transforms else experiment.seeds[:1]
+        for seed in seeds:
+            run = begin(builder, seed, device, sources)
+            _build(run, one, say if distributed.is_main() else _say_nothing)
+
+
+def _stages(experiment: Experiment, name: str | None) -> list[Stage]:
+    """Return the stages to build for.
+
+    Raises:
+        ConfigError, UsageError: if nothing is to be stored, or a teacher is trained by the file.
+    """
+    chosen = [stage for stage in experiment.stages if name in (None, stage.name)]
+    if not chosen:
+        names = ", ".join(stage.name for stage in experiment.stages)
+        raise UsageError(f"there is no stage '{name}' (there are: {names})")
+    storing = [s for s in chosen if any(t.store is not None for t in s.teachers.values())]
+    if not storing:
+        raise UsageError(
+            f"{experiment.document.file}: no teacher has the key 'store'; write "
+            "teacher: {model: ..., store: true}"
+        )
+    for stage in storing:
+        before = experiment.stages[: experiment.stages.index(stage)]
+        for role, teacher in stage.teachers.items():
+            for other in before:
+                if teacher.model in (other.student.model, *other.peers.values()):
+                    message = (
+                        f"'{role}' is trained by stage '{other.name}'; `distill run` stores what "
+                        "it gives in its first epoch. To store it ahead, give its model a "
+                        "checkpoint in a file of its own"
+                    )
+                    raise experiment.error(teacher.path, message)
+    return storing
+
+
+def _build(run: SeedRun, stage: Stage, say: Say) -> None:
+    with ExitStack() as stack:
+        prepared = prepare(run, stage, stack)
+        put_into_use(run, prepared.assembly, prepared.stores, prepared.batch)
+        distiller = prepared.assembly.distiller
+        assert distiller is not None
+        for role, outputs in distiller.stores.items():
+            say(f"stage {stage.name}: {role} -> {outputs.rows.folder}")
+        roles = prepared.assembly.roles
+        Measuring(run, stage, roles, stores=prepared.stores).teachers()
+        source = keep_data(run, stage)
+        for view in range(stage.data.views or 1):
+            _fill(run, stage, replace(prepared, source=source), distiller, view, say)
+        distributed.barrier()
+        for role, outputs in distiller.stores.items():
+            say(f"  {role}: {outputs.rows.filled:,} of {len(outputs.rows):,} rows are there")
+
+
+def _fill(
+    run: SeedRun, stage: Stage, prepared: Prepared, distiller: Distiller, view: int, say: Say
+) -> None:
+    """Store what is missing of the samples of one epoch, which have one view each."""
+    mixing = run.mixing(stage)
+    plan = prepared.plan if mixing is not None else _all(prepared.plan)
+    batches = training_batches(
+        prepared.source,
+        plan,
+        run.loading(stage),
+        seed=run.seed,
+        epoch=view,
+        lead=mixing.lead if mixing is not None else 0,
+        fingerprints=fingerprints_wanted(stage, distiller.stores),
+    )
+    told = _Progress(say, plan.samples, f"  view {view + 1} of {stage.data.views or 1}")
+    with torch.no_grad():
+        for number, batch in enumerate(with_stored(batches, distiller.stores)):
+            if any(stored.missing is not None for stored in batch.stored.values()):
+                placed = batch.to(run.device, memory_format=memory_format(stage))
+                if mixing is not None:
+                    placed = mixing(placed, view, number, run.device)
+                distiller.fill_stores(placed)
+            told.add(sum(batch.sizes))
+    told.end()
+
+
+def _all(plan: Plan) -> Plan:
+    """Return a plan in which every sample comes."""
+    return replace(plan, drop_last=False, sampler=None, batch_sampler=None, accumulate=1)
+
+
+class _Progress:
+    def __init__(self, say: Say, samples: int, what: str):
+        self._say, self._samples, self._what = say, samples, what
+        self._started = self._told = monotonic()
+        self._done = 0
+
+    def add(self, samples: int) -> None:
+        self._done += samples
+        now = monotonic()
+        if now - self._told > TOLD_EVERY:
+            self._tell(now)
+
+    def end(self) -> None:
+        self._tell(monotonic())
+
+    def _tell(self, now: float) -> None:
+        self._told = now
+        speed = self._done / max(now - self._started, 1e-9)
+        self._say(f"{self._what}: {self._done:,} of {self._samples:,}, {speed:,.0f} samples/s")
+
+
+def _say_nothing(text: str) -> None:
+    """Leave it to the main process."""

@@ -1,0 +1,350 @@
+"""Which of a stage's teachers have a store, and which of them need not be loaded.
+
+A teacher is left out of memory if all rows that the stage will ask for are there, if nothing else
+of it is needed, and if it has been measured before. Should a row turn out to be damaged, or its
+sample another one than it was, the teacher is loaded in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from distill import distributed, randomness
+from distill.config.experiment import Component, Dataset, Stage
+from distill.data.batch import Batch
+from distill.data.fingerprint import fingerprint
+from distill.data.loader import Fingerprints
+from distill.data.plan import Plan
+from distill.data.source import Source
+from distill.errors import ConfigError, DataError
+from distill.model.stored import Outputs
+from distill.model.wiring import Address
+from distill.observer import Numbers
+from distill.training.around import special_module
+from distill.training.build import Builder
+from distill.training.fast_teachers import make_fast
+from distill.training.metrics import compares_with
+from distill.training.parts import Parts
+from distill.training.seed_run import SeedRun
+from distill.training.stage import Assembly, assemble
+from distill.training.store_identity import digest, identity, weights_in, weights_of
+from distill.training.teacher_store import TeacherStore
+
+META = torch.device("meta")
+LOOKED_AT = 8
+"""So many samples are read to find out whether anything draws random numbers."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a stage wants of a teacher: values of its forward, and whether anything else too."""
+
+    addresses: tuple[Address, ...]
+    more: bool
+
+
+def may_stay_unloaded(builder: Builder, name: str) -> bool:
+    """Whether a model does nothing in the whole run but to give outputs that may be stored.
+
+    What its weights are has to be known without it: from its checkpoint.
+    """
+    experiment = builder.experiment
+    described = experiment.models.get(name)  # a random teacher has a name of its own
+    if described is None or described.checkpoint is None or described.redesign is not None:
+        return False
+    for stage in experiment.stages:
+        if name in (stage.student.model, *stage.peers.values()):
+            return False
+        if any(t.instance == name and t.store is None for t in stage.teachers.values()):
+            return False
+    return Path(described.checkpoint).is_file()
+
+
+def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
+    """Return the stores of a stage's teachers by role, whether they are there already or not.
+
+    Raises:
+        ConfigError: if what a teacher is given is not the same in every epoch.
+    """
+    wanted = [role for role, teacher in stage.teachers.items() if teacher.store is not None]
+    if not wanted:
+        return {}
+    source = run.sources[stage.data.train]
+    _check_repeats(run.builder, stage, wanted[0], source)
+    asked = _asked(run.builder, stage)
+    return {
+        role: _store(run, stage, role, asked[role], source)
+        for role in wanted
+        if asked[role].addresses
+    }
+
+
+def _store(run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source) -> TeacherStore:
+    teacher = stage.teachers[role]
+    model = run.models[teacher.instance]
+    if teacher.instance in run.unloaded:
+        checkpoint = run.builder.experiment.models[teacher.model].checkpoint
+        assert checkpoint is not None
+        weights = weights_in(Path(checkpoint))
+    else:
+        weights = weights_of(model.state_dict())
+    known = identity(run.builder, stage, role, asked.addresses, model, weights, source, run.seed)
+    rows = len(source) * (stage.data.views or 1)
+    return TeacherStore(
+        role, teacher, asked.addresses, asked.more, known, run.builder.stores / digest(known), rows
+    )
+
+
+def _asked(builder: Builder, stage: Stage) -> dict[str, Asked]:
+    """Find out what the stage asks of its teachers, from models without memory."""
+    with META:
+        models = {name: builder.model(name, 0) for name in stage.models}
+        assembly = assemble(builder, stage, models, Parts(), 0, META)
+    if assembly.faults:
+        raise ConfigError(assembly.faults)
+    distiller = assembly.distiller
+    assert distiller is not None
+    distiller.release()
+    borrowed = {a.module.owner for a in stage.auxiliary.values() if a.module is not None}
+    return {
+        role: Asked(
+            tuple(distiller.addresses_of(role)),
+            role in borrowed or role in distiller.owners_of_tensors(),
+        )
+        for role in stage.teachers
+    }
+
+
+def _check_repeats(builder: Builder, stage: Stage, role: str, source: Source) -> None:
+    """Refuse a store for inputs that are drawn anew in every epoch.
+
+    Raises:
+        ConfigError: with the two ways out.
+    """
+    if stage.data.views is not None:
+        return
+    what = _drawing(stage, source)
+    if what is None:
+        return
+    message = (
+        f"{what}, so that the teacher never sees an image of data set '{source.name}' twice and "
+        "nothing stored of it could be used again; write data: {views: 4} to draw 4 views of each "
+        "sample once and for all, or take out what is random"
+    )
+    raise builder.experiment.error((*stage.teachers[role].path, "store"), message)
+
+
+def _drawing(stage: Stage, source: Source) -> str | None:
+    """Return what of a stage's inputs is drawn anew, ``None`` if nothing is."""
+    if stage.data.batch_transforms:
+        return f"{stage.data.batch_transforms[0].type} draws in every epoch"
+    with randomness.seeded(0, "a look at transforms"):
+        for index in range(min(LOOKED_AT, len(source))):
+            before = _generators()
+            try:
+                source.read(index)
+            except DataError:  # told when it is read for training
+                continue
+            if _generators() != before:
+                return "its transforms draw random numbers in every epoch"
+    return None
+
+
+def _generators() -> tuple[Any, ...]:
+    """Return the states of all generators that data may draw from."""
+    name, keys, *rest = numpy.random.get_state()
+    return (
+        torch.random.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        (name, numpy.asarray(keys).tobytes(), *rest),
+    )
+
+
+def absent_teachers(
+    run: SeedRun, stage: Stage, stores: Mapping[str, TeacherStore], plan: Plan
+) -> dict[str, Outputs]:
+    """Load the teachers that the stage needs, and return what is stored of the others, by role."""
+    opened: dict[str, Outputs] = {}
+    for role, teacher in stage.teachers.items():
+        if teacher.instance not in run.unloaded:
+            continue
+        store = stores.get(role)
+        is_enough = store is not None and _is_enough(run, stage, store, plan)
+        # One process decides for all, since others may be filling the store meanwhile.
+        if store is None or not distributed.from_main(is_enough):
+            run.load(teacher.instance)
+        else:
+            opened[role] = store.open(stage)
+    return opened
+
+
+def _is_enough(run: SeedRun, stage: Stage, store: TeacherStore, plan: Plan) -> bool:
+    """Whether a store has all that a stage wants of a teacher."""
+    if store.more or not store.is_there:
+        return False
+    entries = [*stage.metrics]
+    test = run.builder.experiment.test
+    entries += test.metrics if test is not None else ()
+    for entry in entries:
+        metric = run.builder.component("metrics", entry.component)
+        if compares_with(metric) == store.role:
+            return False
+    if stage.data.validate and store.measured(measured_key(run, stage)) is None:
+        return False
+    return is_filled(store.open(stage), stage, plan)
+
+
+def is_filled(outputs: Outputs, stage: Stage, plan: Plan) -> bool:
+    """Whether all rows that the stage's epochs ask for have been written."""
+    written = outputs.rows.checks["check"].reshape(plan.size, outputs.views) != 0
+    used = sorted(views_used(stage))
+    left_out = 0
+    if plan.drop_last and plan.sampler is None and plan.batch_sampler is None:
+        left_out = plan.samples - plan.batches * plan.batch_size
+    return bool((plan.size - written[:, used].sum(0) <= left_out).all())
+
+
+def views_used(stage: Stage) -> set[int]:
+    """Return which of a sample's views come in a stage."""
+    data = stage.data
+    if data.views is None:
+        return {0}
+    if data.sampler is not None or data.batch_sampler is not None:
+        return set(range(data.views))
+    turns = -(-stage.epochs // data.views_at_once)
+    return {n % data.views for n in range(turns * data.views_at_once)}
+
+
+def measured_key(run: SeedRun, stage: Stage) -> str:
+    """Return a hash over what a teacher is measured on."""
+    experiment = run.builder.experiment
+    looked_at: list[Any] = [[m.component.type, dict(m.component.params)] for m in stage.metrics]
+    for name in stage.data.validate:
+        source = run.sources[name]
+        first = range(min(LOOKED_AT, len(source)))
+        randomness_free = [_seen(source, index) for index in first]
+        looked_at.append([_described(experiment.datasets[name]), len(source), randomness_free])
+    looked_at += [stage.precision, stage.data.validate]
+    return hashlib.sha256(json.dumps(looked_at, default=str).encode()).hexdigest()[:20]
+
+
+def _seen(source: Source, index: int) -> int:
+    with randomness.seeded(0, "a look at data", index):
+        try:
+            sample = source.read(index)
+            return fingerprint((sample.input, sample.target))
+        except DataError:
+            return 0
+
+
+def _described(dataset: Dataset) -> list[Any]:
+    components: list[Component | None] = [dataset.component, *dataset.wrappers, dataset.collate]
+    components += [*dataset.joint_transforms, *dataset.transforms]
+    return [None if c is None else [c.type, dict(c.params)] for c in components]
+
+
+def with_first_rows(batch: Batch, opened: Mapping[str, Outputs], device: torch.device) -> Batch:
+    """Give two samples to rehearse with what is stored of teachers that are not there."""
+    if not opened:
+        return batch
+    stored = {role: outputs.first(len(batch)) for role, outputs in opened.items()}
+    return replace(batch, stored=replace(batch, stored=stored).to(device).stored)
+
+
+def put_into_use(
+    run: SeedRun, assembly: Assembly, stores: Mapping[str, TeacherStore], batch: Batch
+) -> None:
+    """Make the stores that are not there, and let the stage's steps read and write all of them.
+
+    Args:
+        run: of which the stage is.
+        assembly: the stage, rehearsed.
+        stores: of its teachers by role.
+        batch: two samples as its models are given them.
+    """
+    distiller = assembly.distiller
+    assert distiller is not None
+    for role, store in stores.items():
+        if role in assembly.absent:
+            distiller.absent[role] = _late(run, assembly, role, batch)
+            continue
+        if not distributed.from_main(store.is_there):
+            if distributed.is_main():
+                store.make(distiller, batch)
+            distributed.barrier()
+        distiller.stores[role] = store.open(assembly.stage)
+
+
+def _late(run: SeedRun, assembly: Assembly, role: str, batch: Batch) -> Callable[[], None]:
+    """Return what loads a teacher in the middle of a stage.
+
+    Args:
+        run: of which the stage is.
+        assembly: the stage.
+        role: of the teacher.
+        batch: two samples.
+    """
+
+    def load() -> None:
+        stage, distiller = assembly.stage, assembly.distiller
+        assert distiller is not None
+        teacher = stage.teachers[role]
+        model = run.load(teacher.instance).to(run.device).requires_grad_(False).eval()
+        if stage.channels_last:
+            model.to(memory_format=torch.channels_last)
+        special = special_module(run.builder, teacher, model)
+        if special is not None:
+            assembly.specials[role] = special.eval()
+        distiller.adopt(role, model, special)
+        make_fast(run, assembly, batch)
+
+    return load
+
+
+def store_notes(assembly: Assembly) -> Iterator[str]:
+    """Tell where the outputs of teachers are stored, and what is there."""
+    assert assembly.distiller is not None
+    for role, outputs in assembly.distiller.stores.items():
+        filled, rows = outputs.rows.filled, len(outputs.rows)
+        there = "all" if filled == rows else f"{filled:,}"
+        folder = outputs.rows.folder
+        kept = f"{role}'s outputs are stored in {folder}: {there} of {rows:,} are there"
+        yield kept + (", and the model is not loaded" if role in assembly.absent else "")
+
+
+def fingerprints_wanted(stage: Stage, stores: Iterable[str]) -> Fingerprints | None:
+    """Return of what in each sample fingerprints are to be taken."""
+    roles = list(stores)
+    if not roles:
+        return None
+    return "all" if any(stage.teachers[role].special is not None for role in roles) else "inputs"
+
+
+def with_stored(batches: Iterable[Batch], stores: Mapping[str, Outputs]) -> Iterator[Batch]:
+    """Give each batch what is stored for it."""
+    for batch in batches:
+        if not stores:
+            yield batch
+        else:
+            found = {role: outputs.find(batch) for role, outputs in stores.items()}
+            yield replace(batch, stored=found)
+    for outputs in stores.values():
+        outputs.flush()
+
+
+def take_measured(
+    run: SeedRun, stage: Stage, stores: Mapping[str, TeacherStore]
+) -> dict[str, Numbers]:
+    """Return what absent teachers were measured as before."""
+    key = measured_key(run, stage) if stores else ""
+    found = {role: store.measured(key) for role, store in stores.items()}
+    return {role: numbers for role, numbers in found.items() if numbers is not None}

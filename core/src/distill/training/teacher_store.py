@@ -1,0 +1,139 @@
+"""The store of one teacher: made in the form of what it gives, opened, noted in."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config.experiment import Stage, Teacher
+from distill.data.batch import Batch
+from distill.errors import DataError, StorageError
+from distill.model.distiller import Distiller
+from distill.model.stored import Form, Outputs, form_of
+from distill.model.wiring import Address
+from distill.observer import Numbers
+from distill.store import rows as files
+
+MEASURED = "measured.json"
+ALIKE = 1e-2
+"""How much a sample's outputs may depend on its neighbours, relative to the largest of them."""
+
+
+@dataclass(frozen=True)
+class TeacherStore:
+    """The store of one teacher of a stage, which may not be there yet.
+
+    Attributes:
+        addresses: what the stage reads of the teacher.
+        more: whether it asks for the teacher's parameters or modules too.
+        known: what the outputs depend on.
+        folder: of the store.
+        rows: it will have.
+    """
+
+    role: str
+    teacher: Teacher
+    addresses: tuple[Address, ...]
+    more: bool
+    known: Mapping[str, Any]
+    folder: Path
+    rows: int
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the store has been made."""
+        return (self.folder / files.META).is_file()
+
+    def open(self, stage: Stage) -> Outputs:
+        """Open the store.
+
+        Raises:
+            StorageError: if it is damaged beyond use.
+        """
+        rows = files.open_rows(self.folder)
+        if len(rows) != self.rows:
+            raise StorageError(f"{self.folder} has {len(rows):,} rows instead of {self.rows:,}")
+        form = Form.of_plain(rows.meta["form"])
+        views = stage.data.views or 1
+        return Outputs(rows, form, views, len(stage.data.batch_transforms))
+
+    def make(self, distiller: Distiller, batch: Batch) -> None:
+        """Make an empty store in the form of what the teacher gives for a few samples.
+
+        Raises:
+            DataError: if that cannot be stored.
+            StorageError: if there is no room.
+        """
+        samples = len(batch)
+        values = _given(distiller, self.role, batch)
+        assert self.teacher.store is not None
+        try:
+            form = form_of(values, self.addresses, self.role, samples, self.teacher.store)
+        except DataError as error:
+            raise DataError(f"store of teacher '{self.role}': {error}") from error
+        self._check_alone(distiller, batch, form, values)
+        meta = {"identity": self.known, "form": form.plain()}
+        files.create(self.folder, meta, self.rows, form.layout.width)
+
+    def _check_alone(
+        self, distiller: Distiller, batch: Batch, form: Form, together: dict[str, Any]
+    ) -> None:
+        """Refuse a teacher whose outputs for a sample depend on the others of its batch."""
+        samples = len(batch)
+        if samples < 2:
+            return
+        try:
+            alone = _given(distiller, self.role, first_of(batch))
+            of_one = form.tensors(alone)
+        except Exception:  # foreign code that wants more than one sample tells nothing
+            return
+        for name, tensor in form.tensors(together).items():
+            each = len(tensor) // samples
+            one, same = of_one[name].float(), tensor[:each].float()
+            is_alike = one.shape == same.shape
+            limit = ALIKE * float(same.abs().max()) if is_alike and same.numel() else 0.0
+            if not is_alike or (same.numel() and float((one - same).abs().max()) > limit):
+                raise DataError(
+                    f"store of teacher '{self.role}': what it gives as '{name}' for a sample "
+                    "depends on the other samples of the batch, so that it cannot be stored"
+                )
+
+    def measured(self, key: str) -> Numbers | None:
+        """Return what the teacher was measured as before, ``None`` if it was not."""
+        try:
+            found: Any = json.loads((self.folder / MEASURED).read_text())
+            return {str(name): float(value) for name, value in found[key].items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
+
+    def note_measured(self, key: str, numbers: Numbers) -> None:
+        """Keep what the teacher was measured as."""
+        file = self.folder / MEASURED
+        try:
+            known = json.loads(file.read_text())
+        except (OSError, ValueError):
+            known = {}
+        temporary = file.with_name(f".{MEASURED}.{random.getrandbits(32):x}")
+        temporary.write_text(json.dumps({**known, key: dict(numbers)}))
+        temporary.replace(file)
+
+
+def _given(distiller: Distiller, role: str, batch: Batch) -> dict[str, Any]:
+    """Return what a teacher gives for a batch."""
+    return distiller.values_of_teacher(role, replace(batch, stored={}))
+
+
+def first_of(batch: Batch) -> Batch:
+    """Return a batch of the first sample alone."""
+    each = len(batch)
+
+    def first(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[: len(tensor) // each] if tensor.dim() else tensor
+
+    return batch.map(first)

@@ -1,0 +1,326 @@
+"""A data set of images in few files, at the size that it is trained on.
+
+The folder holds ``images.bin``, all images one behind the other; ``offsets.npy``, where each begins
+and the last ends; ``shapes.npy``, height, width and channels of each; ``checks.npy``, a hash of
+each; ``targets.npy`` where there are targets; and ``meta.json``, written last.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_jpeg
+from torchvision.transforms.v2 import functional
+from torchvision.tv_tensors import Image  # type: ignore[attr-defined]
+
+from distill import DataError, Sample
+
+META, IMAGES = "meta.json", "images.bin"
+ARRAYS = {"offsets": np.int64, "shapes": np.int32, "checks": np.uint64}
+KIND, VERSION = "distill packed images", 1
+CHANNELS = {1: "L", 3: "RGB"}
+Progress = Callable[[int], None]
+TO_PICTURE: Callable[[torch.Tensor], PILImage.Image] = vars(functional)["to_pil_image"]
+
+
+class Packed(Dataset[Any]):
+    """What ``distill data pack`` has written.
+
+    An item is ``(image, target)``, or a ``Sample`` without a target where there are none. The image
+    is a ``tv_tensors.Image``, uint8 (C, H, W): a packed JPEG is decoded, raw pixels are read as
+    they lie. Files are memory-mapped, and each image's hash is compared whenever it is read.
+
+    Args:
+        root: the folder.
+
+    Attributes:
+        classes: names of the classes, where the data set that was packed had them.
+        targets: of all samples, where there are any.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or packing has not come to its end.
+        DataError: if a file is damaged or does not belong to the others; reading an item, if the
+            image is damaged.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(root).expanduser().absolute()
+        meta = _meta(self.root)
+        self._encoding: str = meta["encoding"]
+        arrays = {name: _array(self.root, name, meta) for name in ARRAYS}
+        self._offsets, self._shapes = arrays["offsets"], arrays["shapes"]
+        self._checks = arrays["checks"]
+        _refuse_unless_whole(self.root, meta, self._offsets)
+        if "targets" in meta["checks"]:
+            targets = _array(self.root, "targets", meta)
+            self.targets = targets.tolist() if targets.ndim == 1 else torch.from_numpy(targets)
+        if meta["classes"] is not None:
+            self.classes: Sequence[str] = meta["classes"]
+        self._images = self._map()
+
+    def __len__(self) -> int:
+        return len(self._checks)
+
+    def __getitem__(self, index: int) -> Any:
+        image = self._image(index)
+        if hasattr(self, "targets"):
+            return image, self.targets[index]
+        return Sample(image)
+
+    def __getstate__(self) -> dict[str, Any]:  # to a loader worker, which maps the file itself
+        return {**vars(self), "_images": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._images = self._map()
+
+    def _map(self) -> np.ndarray:
+        return np.memmap(self.root / IMAGES, np.uint8, "r")
+
+    def _image(self, index: int) -> Image:
+        index = range(len(self))[index]
+        first, last = self._offsets[index : index + 2]
+        # A copy: a transform may write into its image, and the file is not to be written to.
+        data = np.array(self._images[first:last])
+        if xxhash.xxh3_64_intdigest(data.data) != self._checks[index]:
+            raise DataError(f"image {index} in {self.root / IMAGES} is damaged; pack it again")
+        if self._encoding == "raw":
+            pixels = torch.from_numpy(data).view(*self._shapes[index].tolist())
+            return Image(pixels.permute(2, 0, 1))
+        return Image(decode_jpeg(torch.from_numpy(data)))
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Writes a data set of images to a folder that ``Packed`` reads.
+
+    Args:
+        encoding: ``jpeg``, or ``raw`` for pixels, which take about ten times the room and no time
+            to decode.
+        size: of the shorter side; images are made smaller with their aspect kept, by the bilinear
+            interpolation of ``Resize``, and never larger.
+        quality: of JPEGs, from 1 to 100.
+        workers: processes that read and encode.
+    """
+
+    encoding: Literal["jpeg", "raw"]
+    size: int = 256
+    quality: int = 90
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 1 <= self.quality <= 100:
+            raise ValueError("size must be at least 1, and quality from 1 to 100")
+
+    def __call__(
+        self,
+        dataset: Any,
+        folder: Path,
+        source: Mapping[str, Any],
+        progress: Progress = lambda done: None,
+    ) -> str:
+        """Write all items, ``Sample`` or ``(image, target)``, in their order.
+
+        Args:
+            dataset: images are PIL images or tensors, uint8 (C, H, W).
+            folder: a new or empty one, or one in which packing has not come to its end.
+            source: what it is made from, for people who read ``meta.json``.
+            progress: told how many images there are, as they come.
+
+        Returns:
+            What a file writes to read it.
+
+        Raises:
+            DataError: if an item cannot be read or is of another kind.
+            FileExistsError: if there is something else in the folder.
+        """
+        _refuse_unless_free(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        offsets: list[int] = [0]
+        shapes: list[tuple[int, int, int]] = []
+        checks: list[int] = []
+        targets: list[Any] = []
+        with (folder / IMAGES).open("wb") as file:
+            for number, packed in enumerate(self._encoded(dataset)):
+                file.write(packed.data)
+                offsets.append(offsets[-1] + len(packed.data))
+                shapes.append(packed.shape)
+                checks.append(xxhash.xxh3_64_intdigest(packed.data))
+                targets.append(packed.target)
+                progress(number + 1)
+        arrays: dict[str, np.ndarray] = {
+            "offsets": np.array(offsets, np.int64),
+            "shapes": np.array(shapes, np.int32),
+            "checks": np.array(checks, np.uint64),
+        }
+        if any(target is not None for target in targets):
+            arrays["targets"] = _stacked(targets)
+        classes = getattr(dataset, "classes", None)
+        meta = {
+            "kind": KIND,
+            "version": VERSION,
+            "encoding": self.encoding,
+            "size": self.size,
+            "quality": self.quality if self.encoding == "jpeg" else None,
+            "images": len(checks),
+            "bytes": offsets[-1],
+            "classes": list(classes) if classes is not None else None,
+            "source": source,
+            "checks": {name: _save(folder, name, array) for name, array in arrays.items()},
+        }
+        written = folder / f"{META}.new"
+        written.write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+        os.replace(written, folder / META)
+        return f"{{type: Packed, params: {{root: {folder}}}}}"
+
+    def _encoded(self, dataset: Any) -> Iterator[_Entry]:
+        loader = DataLoader(
+            _Encoding(dataset, self),
+            batch_size=None,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+        )
+        for entry in loader:
+            if isinstance(entry, str):
+                raise DataError(entry)
+            yield entry
+
+
+@dataclass(frozen=True)
+class _Entry:
+    data: bytes
+    shape: tuple[int, int, int]
+    target: Any
+
+
+@dataclass(frozen=True)
+class _Encoding(Dataset["_Entry | str"]):
+    """Images as they are packed, or why one cannot be, which a worker cannot raise as it is."""
+
+    dataset: Any
+    packer: Packer
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> _Entry | str:
+        try:
+            item = self.dataset[index]
+            sample = item if isinstance(item, Sample) else Sample(item[0], item[1])
+            if sample.extras:
+                raise ValueError(f"it has more than a target: {', '.join(sample.extras)}")
+            image = _resized(_picture(sample.input), self.packer.size)
+        except DataError as error:
+            return str(error)
+        except Exception as error:  # the data set's
+            return f"sample {index} cannot be packed: {type(error).__name__}: {error}"
+        shape = (image.height, image.width, len(image.getbands()))
+        if self.packer.encoding == "raw":
+            return _Entry(image.tobytes(), shape, sample.target)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=self.packer.quality)
+        return _Entry(buffer.getvalue(), shape, sample.target)
+
+
+def _picture(value: Any) -> PILImage.Image:
+    """Return an image in RGB or grey."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype != torch.uint8 or value.ndim != 3 or len(value) not in CHANNELS:
+            raise TypeError(
+                "images must be PIL images or uint8 (1 or 3, H, W), this is "
+                f"{value.dtype} {tuple(value.shape)}"
+            )
+        value = TO_PICTURE(value)
+    if not isinstance(value, PILImage.Image):
+        raise TypeError(f"its input is no image but {type(value).__name__}")
+    return value if value.mode in CHANNELS.values() else value.convert("RGB")
+
+
+def _resized(image: PILImage.Image, size: int) -> PILImage.Image:
+    short, long = sorted(image.size)
+    if short <= size:
+        return image
+    other = int(size * long / short)
+    wanted = (size, other) if image.width <= image.height else (other, size)
+    return image.resize(wanted, PILImage.Resampling.BILINEAR)
+
+
+def _stacked(targets: Sequence[Any]) -> np.ndarray:
+    if any(target is None for target in targets):
+        raise DataError("some samples have a target and some have none")
+    try:
+        stacked = np.stack([np.asarray(target) for target in targets])
+    except (ValueError, TypeError, RuntimeError):
+        stacked = np.array(targets[:1], dtype=object)
+    if stacked.dtype.kind not in "biuf":
+        raise DataError(
+            f"targets must be numbers or arrays of one shape to be packed, not "
+            f"{type(targets[0]).__name__}"
+        )
+    return stacked
+
+
+def _save(folder: Path, name: str, array: np.ndarray) -> str:
+    """Write an array, and return the hash of its file."""
+    file = folder / f"{name}.npy"
+    np.save(file, array, allow_pickle=False)
+    return xxhash.xxh3_64_hexdigest(file.read_bytes())
+
+
+def _refuse_unless_free(folder: Path) -> None:
+    own = {IMAGES, f"{META}.new", "targets.npy", *(f"{name}.npy" for name in ARRAYS)}
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and (not folder.is_dir() or there - own):
+        what = "a packed data set" if META in there else "something else"
+        raise FileExistsError(f"{folder} is there already, with {what}; choose another folder")
+
+
+def _meta(root: Path) -> dict[str, Any]:
+    file = root / META
+    if not file.is_file():
+        reason = "it was not packed to its end" if (root / IMAGES).exists() else "there is none"
+        raise FileNotFoundError(
+            f"Packed finds no data: looked for {file}, but {reason}; write it with `distill data "
+            f"pack FILE DATASET -o {root}`"
+        )
+    try:
+        meta: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        known = meta["kind"] == KIND and meta["version"] == VERSION
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    if not known or meta["encoding"] not in ("jpeg", "raw"):
+        raise DataError(f"{file} is of another version or kind than {KIND} {VERSION}")
+    return meta
+
+
+def _array(root: Path, name: str, meta: Mapping[str, Any]) -> np.ndarray:
+    file = root / f"{name}.npy"
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    if xxhash.xxh3_64_hexdigest(text) != meta["checks"].get(name):
+        raise DataError(f"{file} is damaged, or of another data set than {root / META}")
+    array: np.ndarray = np.load(io.BytesIO(text), allow_pickle=False)
+    return array
+
+
+def _refuse_unless_whole(root: Path, meta: Mapping[str, Any], offsets: np.ndarray) -> None:
+    file = root / IMAGES
+    there = file.stat().st_size if file.is_file() else 0
+    wanted = int(offsets[-1])
+    if there != wanted or meta["images"] != len(offsets) - 1:
+        raise DataError(
+            f"{file} has {there:,} bytes, of {wanted:,} that were written; pack it again"
+        )
