@@ -70,15 +70,9 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure loop, hints, losses, contrast, relations, vocabulary, methods.
-
-    Behind -- which of them, and its arguments.
-    """
+    """Measure everything and write docs/performance.md; behind -- the names of some tables."""
     _install(session, "torchdistill>=1.1.5,<2", "matplotlib")  # to compare with, and to draw
-    chosen, *arguments = session.posargs or ["all"]
-    every = ("loop", "hints", "losses", "contrast", "relations", "vocabulary", "methods")
-    for name in every if chosen == "all" else (chosen,):
-        session.run("python", f"benchmarks/{name}.py", *arguments)
+    session.run("python", "benchmarks/tables.py", *session.posargs)
 
 
 def _install(session: nox.Session, *tools: str) -> None:

@@ -1,8 +1,9 @@
-"""What the loop costs: distillation by `distill run` and by hand, step against step.
+"""What the loop costs: distillation by `distill run`, by hand and by torchdistill, step by step.
 
-Both sides train the same models on the same batches in memory, a few steps in turn, so that
-whatever slows the machine slows both. Printed are medians of the time of a step, their ratio, and
-the difference in microseconds; behind them the peak memory of a process that runs one side only.
+All sides train the same models on the same batches in memory, a few steps in turn, so that
+whatever slows the machine slows all. Printed are medians of the time of a step, their ratio to the
+loop by hand, and the peak memory of processes that run one side only. torchdistill takes part where
+it is installed and has what a case wants.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from by_torchdistill import by_torchdistill, is_installed
 from engine import by_distill
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,8 @@ from distill.data.batch import Batch
 from distill.distributed import rank, world_size
 
 TEMPERATURE, ALPHA, CLASSES = 4.0, 0.5, 10
+SHORT = 10
+"""Steps a turn; cases with more are of models too small for their memory to be seen."""
 HOOKED = ["layer1", "layer2", "layer3", "layer4"]
 Train = Callable[[list[Batch]], None]
 
@@ -215,36 +219,44 @@ def batches_of(case: Case) -> list[Batch]:
     ]
 
 
-def sides_of(
-    case: Case, device: torch.device, stack: ExitStack, which: str = "both"
-) -> list[Train]:
-    """Return both sides, or one of them."""
+def sides_of(case: Case, device: torch.device, stack: ExitStack) -> dict[str, Callable[[], Train]]:
+    """Return how to make the sides, by name."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    sides: list[Train] = []
-    if which in ("both", "hand"):
-        torch.manual_seed(0)
-        sides.append(by_hand(case, device))
-    if which in ("both", "distill"):
-        sides.append(of_distill(case, device, folder, stack))
+    sides: dict[str, Callable[[], Train]] = {
+        "hand": lambda: by_hand(case, device),
+        "distill": lambda: of_distill(case, device, folder, stack),
+    }
+    is_plain = case.precision == "fp32" and not case.compiled and case.processes == 1
+    if is_installed() and is_plain:
+        sides["torchdistill"] = lambda: _by_torchdistill(case, device)
     return sides
 
 
-def compare(case: Case, device: torch.device, turns: int) -> tuple[float, float]:
-    """Return the median seconds of a step by hand and by distill, taking turns."""
-    times: list[list[float]] = [[], []]
+def _by_torchdistill(case: Case, device: torch.device) -> Train:
+    teacher, student = (_built(model).to(device) for model in case.models)
+    return by_torchdistill(teacher, student, device, TEMPERATURE, ALPHA, case.hooked)
+
+
+def compare(case: Case, device: torch.device, turns: int) -> dict[str, float]:
+    """Return the median seconds of a step of each side, taking turns."""
     endless = cycle(batches_of(case))
     with ExitStack() as stack:
-        sides = sides_of(case, device, stack)
+        sides: dict[str, Train] = {}
+        for name, make in sides_of(case, device, stack).items():
+            torch.manual_seed(0)
+            sides[name] = make()
+        times: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(turns + 1):
             chosen = list(islice(endless, case.steps))
-            for number in (0, 1) if turn % 2 else (1, 0):
+            names = list(sides)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if world_size() > 1:
                     dist.barrier()
                 started = perf_counter()
-                sides[number](chosen)
+                sides[name](chosen)
                 if turn:  # the first warms up
-                    times[number].append((perf_counter() - started) / case.steps)
-    return median(times[0]), median(times[1])
+                    times[name].append((perf_counter() - started) / case.steps)
+    return {name: median(found) for name, found in times.items()}
 
 
 def peak(name: str, which: str, device: str) -> float:
@@ -257,7 +269,7 @@ def peak(name: str, which: str, device: str) -> float:
 def measure_peak(case: Case, which: str, device: torch.device) -> float:
     """Return what ``peak`` asks a process for."""
     with ExitStack() as stack:
-        (side,) = sides_of(case, device, stack, which)
+        side = sides_of(case, device, stack)[which]()
         batches = batches_of(case)
         if device.type == "cuda":
             side(batches[:3])
@@ -303,7 +315,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=15, help="turns of each side")
     parser.add_argument("--case", choices=CASES, help="only this one")
-    parser.add_argument("--memory", choices=["hand", "distill"], help="only its peak memory")
+    parser.add_argument("--memory", metavar="SIDE", help="only the peak memory of this side")
     given = parser.parse_args()
     device = torch.device(given.device)
     if given.memory:
@@ -312,22 +324,24 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     if rank() == 0 and not given.case:
-        print("| work | by hand | distill | ratio | difference | memory |")
-        print("| ---- | ------: | ------: | ----: | ---------: | -----: |")
+        print("| work | by hand | distill | torchdistill | distill : hand | memory : hand's |")
+        print("| ---- | ------: | ------: | -----------: | -------------: | --------------: |")
     for name, case in CASES.items():
         if given.case not in (None, name):
             continue
         if case.processes > 1 and "RANK" not in os.environ:
             print("\n".join(_in_processes(name, given.turns, case.processes)), flush=True)
             continue
-        hand, own = compare(case, device, given.turns)
-        memory = "" if case.processes > 1 else _memory(name, given.device)
+        found = compare(case, device, given.turns)
+        memory = "" if case.steps > SHORT or case.processes > 1 else _memory(name, given.device)
         if rank() == 0:
-            print(
-                f"| {name} | {hand * 1e3:.3f} ms | {own * 1e3:.3f} ms | {own / hand:.3f} "
-                f"| {(own - hand) * 1e6:+.0f} µs | {memory} |",
-                flush=True,
-            )
+            cells = [_time(found.get(side)) for side in ("hand", "distill", "torchdistill")]
+            ratio = found["distill"] / found["hand"]
+            print(f"| {name} | {' | '.join(cells)} | {ratio:.3f} | {memory} |", flush=True)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3f} ms"
 
 
 def _memory(name: str, device: str) -> str:

@@ -100,13 +100,14 @@ class Notes(Observer):
     kill = None
 
     def __init__(self):
-        self.notes, self.teachers = [], []
+        self.notes, self.teachers, self.misfits = [], [], []
 
     def stage_start(self, event):
         self.notes += event.notes
         self.teachers.append(event.teachers)
 
     def epoch_end(self, event):
+        self.misfits.append(event.misfits)
         if event.position.epoch == self.kill:
             raise KeyboardInterrupt
 
@@ -306,9 +307,10 @@ def test_damaged_rows_are_computed_anew_by_a_teacher_loaded_late(tmp_path):
     rows = open_rows(stores(tmp_path)[0])
     rows.rows[7, 3] ^= 16
     rows.rows[20:25] = 0
-    Teacher.ran = 0
-    second = run(described(tmp_path / "second", EXACT, teacher="Teacher"))
+    Teacher.ran, heard = 0, Notes()
+    second = run(described(tmp_path / "second", EXACT, teacher="Teacher"), heard=heard)
     assert are_equal(student(first), student(second))
+    assert sum(heard.misfits) == 6
     assert 0 < Teacher.ran <= 6 * 8
     found = rows.damaged(numpy.arange(40))
     assert len(found) == 0

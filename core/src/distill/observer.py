@@ -117,6 +117,8 @@ class EpochEnd:
         metrics: empty in an epoch after which nothing is measured.
         skipped: samples that could not be read, with the reason.
         overflows: steps left out since a gradient overflowed fp16.
+        misfits: rows of stored outputs that were damaged, or of another input than the sample is
+            now, and have been computed anew.
     """
 
     position: Position
@@ -130,6 +132,7 @@ class EpochEnd:
     is_best: bool
     skipped: Mapping[int, str] = field(default_factory=dict)
     overflows: int = 0
+    misfits: int = 0
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ def _fill(
                     placed = mixing(placed, view, number, run.device)
                 distiller.fill_stores(placed)
             told.add(sum(batch.sizes))
+    distiller.flush_stores()
     told.end()
 
 

@@ -117,6 +117,10 @@ class Console(Observer):
             index, why = next(iter(event.skipped.items()))
             self._line(f"    {_count(len(event.skipped), 'sample')} skipped, e.g. {index}: {why}")
 
+        if event.misfits:
+            rows = _count(event.misfits, "stored row")
+            self._line(f"    {rows} did not fit the samples any more: computed anew")
+
     def stage_end(self, event: StageEnd) -> None:
         """Show the test result, how fast it was, and where the student lies."""
         if event.result.test:

@@ -76,6 +76,7 @@ class ResultFiles(Observer):
             is_best=event.is_best,
             skipped={str(index): why for index, why in event.skipped.items()},
             overflows=event.overflows,
+            misfits=event.misfits,
         )
         self._metrics.flush()
 

@@ -162,6 +162,11 @@ class Distiller(nn.Module):
         with torch.no_grad():
             self._in_precision(stored)
 
+    def flush_stores(self) -> None:
+        """Write to the stores what is still on its way there."""
+        for outputs in self.stores.values():
+            outputs.flush()
+
     def values_of_teacher(self, role: str, batch: Batch) -> Values:
         """Return what one teacher gives for a batch, by name, whatever is stored of it."""
         values: Values = {}

@@ -160,7 +160,7 @@ class Outputs:
         views: of each sample there are so many rows.
         mixed: so many batch transforms there are, each of which mixes a sample with the one before.
         computed: rows that this process has computed and written.
-        refused: of these, such as had been there, damaged or of another input.
+        refused: rows that had been there, damaged or of another input.
     """
 
     rows: Rows
@@ -195,6 +195,11 @@ class Outputs:
     def _numbers(self, batch: Batch) -> Any:
         view = 0 if batch.view is None else batch.view.numpy()
         return batch.index.cpu().numpy() * self.views + view
+
+    def take_refused(self) -> int:
+        """Return how many rows did not fit since the last time."""
+        refused, self.refused = self.refused, 0
+        return refused
 
     def values(self, stored: StoredRows) -> Values:
         """Return what is stored for a batch of which nothing is missing."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import xxhash
@@ -154,9 +154,13 @@ def create(folder: Path, meta: Mapping[str, Any], rows: int, width: int) -> None
 def _take_place(file: Path, size: int) -> None:
     """Make a file of zeros and take its room: a full disk would kill a process that maps it."""
     with file.open("wb") as opened:
-        if size:
-            os.posix_fallocate(opened.fileno(), 0, size)
-        opened.truncate(size)
+        _reserve(opened, size)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    file.truncate(size)
+    if size and hasattr(os, "posix_fallocate"):  # not everywhere
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def open_rows(folder: Path, *, touch: bool = True) -> Rows:
@@ -204,8 +208,7 @@ def _mapped(file: Path, dtype: numpy.dtype[Any], shape: tuple[int, ...]) -> NDAr
     size = dtype.itemsize * int(numpy.prod(shape))
     if not file.exists() or file.stat().st_size != size:
         with file.open("ab") as opened:
-            opened.truncate(size)
-            os.posix_fallocate(opened.fileno(), 0, max(size, 1))
+            _reserve(opened, size)
     if size == 0:
         return numpy.zeros(shape, dtype)
     mapped = numpy.memmap(file, dtype, "r+", shape=shape)

@@ -86,6 +86,7 @@ class StageEvents:
         metrics: Numbers,
         lr: float,
         skipped: Mapping[int, str],
+        misfits: int,
         is_best: bool,
     ) -> None:
         """Tell what an epoch came to."""
@@ -101,6 +102,7 @@ class StageEvents:
             is_best=is_best,
             skipped=skipped,
             overflows=summary.overflows,
+            misfits=misfits,
         )
         self.run.tell("epoch_end", event)
 

@@ -100,7 +100,6 @@ def _model(builder: Builder, teacher: Teacher) -> dict[str, Any]:
     return {
         "component": _plain(described.component),
         "redesign": _plain(described.redesign),
-        "control": teacher.control,
     }
 
 

@@ -20,7 +20,7 @@ import torch
 
 from distill import distributed, randomness
 from distill.config.experiment import Component, Dataset, Stage
-from distill.data.batch import Batch
+from distill.data.batch import Batch, map_tensors
 from distill.data.fingerprint import fingerprint
 from distill.data.loader import Fingerprints
 from distill.data.plan import Plan
@@ -329,16 +329,21 @@ def fingerprints_wanted(stage: Stage, stores: Iterable[str]) -> Fingerprints | N
     return "all" if any(stage.teachers[role].special is not None for role in roles) else "inputs"
 
 
-def with_stored(batches: Iterable[Batch], stores: Mapping[str, Outputs]) -> Iterator[Batch]:
-    """Give each batch what is stored for it."""
+def with_stored(
+    batches: Iterator[Batch], stores: Mapping[str, Outputs], *, pins: bool = False
+) -> Iterator[Batch]:
+    """Give each batch what is stored for it, in page-locked memory if ``pins``."""
+    return _looked_up(batches, stores, pins) if stores else batches
+
+
+def _looked_up(
+    batches: Iterable[Batch], stores: Mapping[str, Outputs], pins: bool
+) -> Iterator[Batch]:
     for batch in batches:
-        if not stores:
-            yield batch
-        else:
-            found = {role: outputs.find(batch) for role, outputs in stores.items()}
-            yield replace(batch, stored=found)
-    for outputs in stores.values():
-        outputs.flush()
+        found = {role: outputs.find(batch) for role, outputs in stores.items()}
+        if pins:
+            found = map_tensors(lambda tensor: tensor.pin_memory(), found)
+        yield replace(batch, stored=found)
 
 
 def take_measured(

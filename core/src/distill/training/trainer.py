@@ -9,6 +9,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import torch
 from torch import nn
 
 from distill import distributed
@@ -162,20 +163,21 @@ class _Training:
         stage, first_step = self.stage, epoch * self.plan.steps
         self.criterion.set_position(epoch, first_step)
         mixing = self.loop.mixing
+        loading = self.run.loading(stage)
         distiller = self.spread.assembly.distiller
         assert distiller is not None
         batches = training_batches(
             self.source,
             self.plan,
-            self.run.loading(stage),
+            loading,
             seed=self.run.seed,
             epoch=epoch,
             lead=mixing.lead if mixing else 0,
             fingerprints=fingerprints_wanted(stage, distiller.stores),
         )
-        batches = with_stored(batches, distiller.stores)
+        batches = with_stored(batches, distiller.stores, pins=loading.pin_memory)
         try:
-            return self.loop.epoch(
+            summary = self.loop.epoch(
                 batches,
                 epoch=epoch,
                 first_step=first_step,
@@ -185,6 +187,8 @@ class _Training:
                 ),
                 after_step=self._after_step(epoch),
             )
+            distiller.flush_stores()
+            return summary
         except NonFinite as error:
             trained = self.spread.assembly.trained()
             raise explanation(error, stage.name, trained, self.source) from error
@@ -268,7 +272,8 @@ class _Training:
         # Told before it is saved: what a kill in between leaves recorded is void on resuming.
         metrics = self.validation if is_measured else {}
         skipped = self._skipped_anywhere(summary)
-        self.events.epoch_end(epoch, summary, metrics, lr, skipped, is_best)
+        misfits = self._misfits_anywhere()
+        self.events.epoch_end(epoch, summary, metrics, lr, skipped, misfits, is_best)
         self.spread.sync()
         self.run.save(self.number, epoch + 1, self._state())
 
@@ -350,6 +355,12 @@ class _Training:
 
     def _scheduled_weights(self) -> Numbers:
         return dict(self.criterion.weights) if self.criterion.is_scheduled else {}
+
+    def _misfits_anywhere(self) -> int:
+        distiller = self.spread.assembly.distiller
+        assert distiller is not None
+        found = sum(outputs.take_refused() for outputs in distiller.stores.values())
+        return int(distributed.sum_over_ranks(torch.tensor(found), self.run.device))
 
     def _skipped_anywhere(self, summary: EpochSummary) -> dict[int, str]:
         if self.stage.data.on_bad_sample == "raise":
