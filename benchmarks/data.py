@@ -153,7 +153,7 @@ def packed_photos(count: int, size: int, turns: int, device: torch.device) -> No
     registry = plugins()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        _write_photos(folder / "photos", count)
+        write_photos(folder / "photos", count)
         photos = registry.create("datasets", "ImageFolder", root=str(folder / "photos"))
         works = {"torchvision, a folder of JPEGs": plain(photos, PHOTOS, batches, device, size)}
         works["distill, a folder of JPEGs"] = by_distill(
@@ -170,7 +170,7 @@ def packed_photos(count: int, size: int, turns: int, device: torch.device) -> No
         _print("500 x 375 pixels, to 224 x 224", works, batches * size, turns, device)
 
 
-def _write_photos(folder: Path, count: int) -> None:
+def write_photos(folder: Path, count: int) -> None:
     generator = np.random.default_rng(0)
     for number in range(count):
         picture = np.zeros((375, 500, 3), np.float32)
