@@ -384,3 +384,34 @@ def test_an_embedding_has_length_one_and_finds_its_width() -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
     with pytest.raises(ValueError, match="out_features must be a whole number > 0"):
         CRDEmbedding(0)
+
+
+def test_with_a_ratio_negatives_are_of_the_pool_of_the_class() -> None:
+    loss = made(MANY, negatives=50, ratio=0.5)
+    index = torch.tensor([0, 3, 1])
+    negatives = loss._negatives(index, torch.tensor(5))(loss.teacher_bank)
+    assert negatives.index is not None
+    assert negatives.kept is not None
+    first, same_class, other = (
+        set(row[kept].tolist()) for row, kept in zip(negatives.index, negatives.kept, strict=True)
+    )
+    assert first == same_class != other
+    assert negatives.count.tolist() == [13, 13, 13]
+    loss(*embeddings(3), index).backward()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"ratio": 0.0}, "ratio must be above 0 and at most 1, got 0.0"),
+        ({"ratio": 1.5}, "ratio must be above 0 and at most 1, got 1.5"),
+        ({"ratio": 0.5, "queue": 9}, "ratio must be 1 with shared_negatives or queue, got 0.5"),
+        (
+            {"ratio": 0.5, "shared_negatives": True},
+            "ratio must be 1 with shared_negatives or queue, got 0.5",
+        ),
+    ],
+)
+def test_a_ratio_that_cannot_be_is_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CRDLoss(**params)

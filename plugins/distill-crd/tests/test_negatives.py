@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_crd.negatives import MARKED_AT_ONCE, NONE, Classes, prime_from, scattered
 
@@ -186,3 +188,58 @@ def test_scattered_numbers_are_those_of_splitmix64() -> None:
 
 def test_the_next_prime_is_found() -> None:
     assert [prime_from(n) for n in (1, 2, 3, 4, 9, 50_000)] == [2, 2, 3, 5, 11, 50_021]
+
+
+class Peak(TorchDispatchMode):
+    """Notes the most bytes that tensors had together after an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.alive = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
+        self.bytes = max(self.bytes, sum(count for _, count in self.alive.values()))
+        return result
+
+
+def test_classes_are_found_in_at_most_32_bytes_a_sample_beside_the_labels() -> None:
+    """Of which they keep 16: 41 MB for the 1.28 million samples of ImageNet."""
+    labels = torch.randint(1000, (100_000,))
+    with Peak() as peak:
+        classes = Classes(labels, 1000)
+    kept = sum(buffer.nbytes for buffer in classes.buffers())
+    assert kept < 16.5 * len(labels)
+    assert peak.bytes < 32.5 * len(labels)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([7, -1, 2**62, 7, -1, 0, 2**62]),
+        torch.randint(50, (997,), generator=torch.Generator().manual_seed(0)),
+        torch.full((9,), -1),
+        torch.tensor([4]),
+    ],
+    ids=["large, and none", "many", "no classes", "one sample"],
+)
+def test_samples_lie_side_by_side_by_class_whatever_the_labels_are(labels: torch.Tensor) -> None:
+    given = labels.clone()
+    classes = Classes(labels, 3)
+    assert labels.equal(given)
+    groups: dict[object, list[int]] = {}
+    for sample, label in enumerate(labels.tolist()):
+        groups.setdefault(label if label >= 0 else ("alone", sample), []).append(sample)
+    first, members = classes.first.tolist(), classes.members.tolist()
+    found = [
+        classes.order[start : start + count].tolist()
+        for start, count in zip(first, members, strict=True)
+    ]
+    assert sorted(found) == sorted(groups.values())
+    for number, group in enumerate(found):
+        assert classes.of[group].tolist() == [number] * len(group)

@@ -18,7 +18,7 @@ LOSSES = distill_crd.distill_losses()
 AUXILIARY_MODULES = distill_crd.distill_auxiliary_modules()
 MODULES = {**LOSSES, **AUXILIARY_MODULES}
 OFFERED = {**MODULES, **distill_crd.distill_dataset_wrappers()}
-NOT_OFFERED = {"Classes"}
+NOT_OFFERED = {"Classes", "Pools"}
 """What others are made of."""
 
 

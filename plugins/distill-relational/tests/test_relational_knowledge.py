@@ -150,6 +150,24 @@ def test_gradients_equal_those_that_torch_finds_for_the_published_code(dtype):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+@BOTH
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_are_those_of_finite_differences(make, reduction):
+    student, teacher = 3 * draw(5, 3, seed=1), draw(5, 4, seed=2)
+    loss = make(reduction=reduction)
+    assert torch.autograd.gradcheck(lambda given: loss(given, teacher), student.requires_grad_())
+
+
+def test_samples_closer_than_a_millionth_pull_nothing_between_them():
+    student, teacher = draw(6, 4, seed=1), draw(6, 4, seed=2)
+    student[1] = student[0] + 1e-8
+    student.requires_grad_()
+    ours, theirs = RKDDistanceLoss()(student, teacher), published(student, teacher)[0]
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("vertices", [1, 3, 7])
 def test_angles_in_chunks_are_all_angles(monkeypatch, vertices):
     student, teacher = draw(7, 4, seed=1).requires_grad_(), draw(7, 4, seed=2)

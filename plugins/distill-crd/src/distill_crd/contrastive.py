@@ -14,6 +14,7 @@ from torch import Tensor
 from distill import DataError, claim, gather, labels
 from distill.parameters import Parametrized, check, check_choice
 from distill_crd.memory_bank import last_of_each, momentum_rows, push, random_rows
+from distill_crd.negative_pools import Pools
 from distill_crd.negatives import NONE, Classes
 from distill_crd.noise_contrast import Negatives, exponential_sums, log_noise_sums
 
@@ -68,6 +69,8 @@ class CRDLoss(Parametrized):
         bank_dtype: ``float32``; ``bfloat16`` and ``float16`` halve the banks, whose rows are then
             rounded, and products with them are taken in that type.
         eps: added to the noise.
+        ratio: below 1, the negatives of a class come from so large a part of the samples of others,
+            chosen for each class once and for all, whatever the experiment's seed.
 
     Shape:
         - student_embedding, teacher_embedding: (B, D), of length 1, as ``CRDEmbedding`` gives them.
@@ -94,6 +97,7 @@ class CRDLoss(Parametrized):
     queued: Tensor
     pushed: Tensor
     classes: Classes
+    pools: Pools | None
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class CRDLoss(Parametrized):
         queue: int | None = None,
         bank_dtype: torch.dtype = torch.float32,
         eps: float = 1e-7,
+        ratio: float = 1.0,
     ) -> None:
         super().__init__()
         check(self, "negatives", negatives, negatives > 0, "a whole number > 0")
@@ -128,6 +133,9 @@ class CRDLoss(Parametrized):
             "float32, bfloat16 or float16",
         )
         check(self, "eps", eps, eps >= 0, ">= 0")
+        check(self, "ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1")
+        fits = ratio == 1 or not (shared_negatives or queue)
+        check(self, "ratio", ratio, fits, "1 with shared_negatives or queue")
         self.negatives = negatives
         self.temperature = temperature
         self.momentum = momentum
@@ -137,6 +145,7 @@ class CRDLoss(Parametrized):
         self.queue = queue
         self.bank_dtype = bank_dtype
         self.eps = eps
+        self.ratio = ratio
         self._is_held = False
         self._has_constants = False
 
@@ -151,7 +160,9 @@ class CRDLoss(Parametrized):
         student, _ = _checked(student_embedding, teacher_embedding)
         device, width = student.device, student.shape[1]
         rows = len(dataset) if self.queue is None else self.queue
-        self.classes = self._classes_of(dataset).to(device)
+        classes = self._classes_of(dataset)
+        self.pools = Pools(classes, self.ratio).to(device) if self.ratio < 1 else None
+        self.classes = classes.to(device)
         claim(
             2 * rows * width * self.bank_dtype.itemsize,
             device,
@@ -226,10 +237,10 @@ class CRDLoss(Parametrized):
             return _marked(self.queued[:, None] != self.classes.of[index])
         if self.shared_negatives:
             return self._shared(index, key)
-        if len(self.classes) <= MOST_ROWS_FOR_ONE * self.negatives:
+        if self.pools is None and len(self.classes) <= MOST_ROWS_FOR_ONE * self.negatives:
             marked, count = self.classes.marked(index, key)
             return partial(Negatives, count=count, marked=marked)
-        found, kept, count = self.classes.listed(index, key)
+        found, kept, count = (self.pools or self.classes).listed(index, key)
         found.clamp_(max=len(self.classes) - 1)  # what is no sample is not kept
         return partial(Negatives, count=count, index=found, kept=kept)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FILLED_AT_ONCE = 2**16
-"""Rows that are drawn together where they have to be rounded."""
+FILLED_AT_ONCE = 2**14
+"""Rows that are drawn together, in memory of their own."""
 
 
 def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -56,20 +56,21 @@ class Classes(nn.Module):
     def __init__(self, labels: Tensor, count: int) -> None:
         super().__init__()
         size, prime = len(labels), prime_from(len(labels))
-        alone = labels < 0
-        labels = torch.where(alone, labels.amax() + 1 + torch.arange(size), labels)
-        _, of, members = labels.unique(return_inverse=True, return_counts=True)
-        behind = torch.arange(size, prime)
-        row = torch.cat([torch.randperm(size, generator=_always_the_same()), behind])
+        order, members = _by_class(labels)
+        of = torch.full((prime,), NONE, dtype=torch.int32)
+        of[order] = torch.arange(len(members), dtype=torch.int32).repeat_interleave(members)
+        row = torch.arange(prime, dtype=torch.int32)
+        torch.randperm(size, generator=_always_the_same(), out=row[:size])
+        place = torch.empty_like(row)
+        place[row] = torch.arange(prime, dtype=torch.int32)
         found = {
-            "order": of.argsort(stable=True).int(),
-            "of": torch.cat([of, torch.full_like(behind, NONE)]).int(),
+            "order": order,
+            "of": of,
             "first": members.cumsum(0) - members,
             "members": members,
-            "shuffled": row.int(),
-            "place": torch.empty(prime, dtype=torch.int32),
+            "shuffled": row,
+            "place": place,
         }
-        found["place"][row] = torch.arange(prime, dtype=torch.int32)
         for name, value in found.items():
             self.register_buffer(name, value, persistent=False)
         self.count = count
@@ -91,7 +92,7 @@ class Classes(nn.Module):
         """
         start, distance = self._path(samples, key)
         ranks = torch.arange(self.drawn, device=samples.device)
-        numbers = self._met(start, distance, ranks)
+        numbers = self.met(start, distance, ranks)
         of = self.of.index_select(0, numbers.flatten()).view_as(numbers)
         end, count = self._end(samples, start, distance)
         kept = (of != self.of[samples, None]).logical_and_(of != NONE)
@@ -106,7 +107,7 @@ class Classes(nn.Module):
         start, distance = self._path(samples, key)
         end, count = self._end(samples, start, distance)
         prime = len(self.place)
-        backwards = _inverse(distance, prime)
+        backwards = inverse(distance, prime)
         step = backwards.double() / prime
         # Half a rank from where a turn ends, as float64 is not exact.
         begin = ((-start * backwards).remainder(prime) + 0.5) / prime
@@ -120,8 +121,8 @@ class Classes(nn.Module):
             turns = torch.mul(places[:, None], step, out=space[: len(some)])
             torch.lt(turns.add_(begin).frac_(), part, out=some)
         columns = torch.arange(len(samples), device=samples.device)[:, None]
-        for chosen, column in self._in_parts(samples, columns):
-            own, _ = self._own(chosen)
+        for chosen, column in self.in_parts(samples, columns):
+            own, _ = self._all_of(self.of[chosen].long())
             marks.view(-1).index_fill_(0, (own * len(samples) + column).flatten(), False)
         return marks, count
 
@@ -132,7 +133,7 @@ class Classes(nn.Module):
         """
         drawn = min(self.count, len(self)) + len(self.of) - len(self)
         start, distance = self._path_of(scattered(key)[None])
-        found = self._met(start, distance, torch.arange(drawn, device=key.device))[0]
+        found = self.met(start, distance, torch.arange(drawn, device=key.device))[0]
         return found, self.of.index_select(0, found)
 
     def same(self, samples: Tensor, key: Tensor) -> Tensor:
@@ -145,12 +146,10 @@ class Classes(nn.Module):
         return self._path_of(scattered(samples + scattered(key)))
 
     def _path_of(self, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return start and distance, int64 (B)."""
-        prime = len(self.shuffled)
-        return (scattered(bits) & LARGEST) % prime, (bits & LARGEST) % (prime - 1) + 1
+        return path(bits, len(self.shuffled))
 
-    def _met(self, start: Tensor, distance: Tensor, ranks: Tensor) -> Tensor:
-        """Return the numbers that are met at some ranks, int32 (B, ranks)."""
+    def met(self, start: Tensor, distance: Tensor, ranks: Tensor) -> Tensor:
+        """Return the numbers at some ranks, which may be others for each, int32 (B, ranks)."""
         places = ranks * distance[:, None]
         places.add_(start[:, None]).remainder_(len(self.shuffled))
         # Four times as fast on a processor as places for an index.
@@ -162,17 +161,14 @@ class Classes(nn.Module):
             none = len(self.of) - len(self)
             own = self.members[self.of[samples].long()]
             return torch.full_like(own, self.drawn), self.drawn - none - own
-        parts = self._in_parts(samples, start, _inverse(distance, len(self.place)))
+        parts = self.in_parts(samples, start, inverse(distance, len(self.place)))
         ends, counts = zip(*(self._end_of_few(*part) for part in parts), strict=True)
         return torch.cat(ends), torch.cat(counts)
 
     def _end_of_few(
         self, samples: Tensor, start: Tensor, backwards: Tensor
     ) -> tuple[Tensor, Tensor]:
-        numbers, is_one = self._own(samples)
-        behind = torch.arange(len(self), len(self.of), device=samples.device)
-        numbers = torch.cat([numbers, behind.expand(len(numbers), -1)], 1)
-        is_one = torch.cat([is_one, is_one.new_ones(len(is_one), len(behind))], 1)
+        numbers, is_one = self.excluded(self.of[samples].long())
         ranks = (self.place[numbers] - start[:, None]).mul_(backwards[:, None])
         ranks = torch.where(is_one, ranks.remainder_(len(self.place)), self.drawn)
         wanted = (ranks < self.count).sum(1)
@@ -186,18 +182,47 @@ class Classes(nn.Module):
         missing = (wanted - rest.sum(1)).clamp_min_(0)
         return torch.where(wanted > 0, end, self.count), self.count - missing
 
-    def _own(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all of each sample's class, int64 (B, M), and which of them are no repetitions."""
-        own = self.of[samples].long()
-        members = self.members[own, None]
-        each = torch.arange(self._largest, device=samples.device)
-        found = self.order[self.first[own, None] + torch.minimum(each, members - 1)]
+    def excluded(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is no negative of some classes: numbers, and which are no repetitions.
+
+        Int64 and bool (B, M): the samples of each class (B), and numbers that are no samples.
+        """
+        numbers, is_one = self._all_of(classes)
+        behind = torch.arange(len(self), len(self.of), device=classes.device)
+        numbers = torch.cat([numbers, behind.expand(len(numbers), -1)], 1)
+        return numbers, torch.cat([is_one, is_one.new_ones(len(is_one), len(behind))], 1)
+
+    def _all_of(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all of some classes, int64 (B, M), and which of them are no repetitions."""
+        members = self.members[classes, None]
+        each = torch.arange(self._largest, device=classes.device)
+        found = self.order[self.first[classes, None] + torch.minimum(each, members - 1)]
         return found.long(), each < members
 
-    def _in_parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield parts of some samples' values, of so many samples as the largest class allows."""
+    def in_parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield parts of values (B), of so many of these as the largest class allows."""
         size = max(1, OWN_AT_ONCE // self._largest)
         return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _by_class(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the samples, those of a class side by side, int32 (N), and how many are in each, (C).
+
+    Labels and samples are sorted as one number, in place: what torch sorts needs four times as
+    much memory, which would be most of what the set-up takes beside the banks.
+    """
+    size, alone = len(labels), labels < 0
+    if alone.any():
+        labels = labels.clone()
+        labels[alone] = labels.amax() + 1 + torch.arange(int(alone.sum()))
+    if int(labels.amax()) >= LARGEST // size:
+        labels = labels.unique(return_inverse=True)[1]
+    both = torch.arange(size).add_(labels, alpha=size)
+    both.numpy().sort()
+    order = both.remainder(size).int()
+    of = both.div_(size, rounding_mode="floor")
+    first = torch.cat([torch.ones(1, dtype=torch.bool), of[1:] != of[:-1]]).nonzero().flatten()
+    return order, torch.cat([first, torch.tensor([size])]).diff()
 
 
 def enough(size: int, largest_class: int, count: int) -> int:
@@ -212,7 +237,12 @@ def enough(size: int, largest_class: int, count: int) -> int:
     return min(prime, ceil(wanted + 6 * spread) + prime - size)
 
 
-def _inverse(numbers: Tensor, prime: int) -> Tensor:
+def path(bits: Tensor, prime: int) -> tuple[Tensor, Tensor]:
+    """Return from random numbers a start below a prime and a distance above 0, int64 as given."""
+    return (scattered(bits) & LARGEST) % prime, (bits & LARGEST) % (prime - 1) + 1
+
+
+def inverse(numbers: Tensor, prime: int) -> Tensor:
     """Return what gives 1 times numbers, modulo a prime: their power of prime - 2 (Fermat)."""
     power, rest = torch.ones_like(numbers), prime - 2
     while rest:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.parameters import check_choice
 from distill_relational.batch_relations import BatchRelationLoss, Gather, unit_vectors
+from distill_relational.pair_distances import distance_difference
 from distill_relational.squared_distances import squared_distances
 from distill_relational.triplet_angles import angle_difference
 
 Reduction = Literal["mean", "sum"]
 
-SMALLEST_SQUARE = 1e-12
-"""What a squared distance of two samples is taken for, at least."""
-SMALLEST_MEAN = 1e-7
-"""Below every mean distance of two samples and more; what one sample is divided by."""
-
 
 class RelationalLoss(BatchRelationLoss):
     """What both losses of RKD take; see there."""
+
+    related: ClassVar[int]
+    """How many samples a relation is of."""
 
     def __init__(
         self,
@@ -47,11 +45,13 @@ class RelationalLoss(BatchRelationLoss):
             student = unit_vectors(student)
         if self.normalize_teacher:
             teacher = unit_vectors(teacher)
-        squares = squared_distances(student), squared_distances(teacher)
-        return self.distances_loss(*squares, dtype).to(dtype)
+        total = self.total(student, teacher, dtype)
+        if self.reduction == "mean":
+            total = total / len(student) ** self.related
+        return total.to(dtype)
 
-    def distances_loss(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the loss of squared distances (B, B), which are float64 whatever ``dtype`` is."""
+    def total(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum over all relations of vectors, which are float64 whatever ``dtype`` is."""
         raise NotImplementedError
 
 
@@ -92,10 +92,11 @@ class RKDDistanceLoss(RelationalLoss):
     https://arxiv.org/abs/1904.05068, and the authors' code, with which those named agree.
     """
 
-    def distances_loss(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+    related = 2
+
+    def total(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
         """Compare distances in units of their mean."""
-        ours, theirs = _relative(student), _relative(teacher)
-        return F.smooth_l1_loss(ours, theirs, reduction=self.reduction)
+        return distance_difference(student, teacher)
 
 
 class RKDAngleLoss(RelationalLoss):
@@ -144,16 +145,8 @@ class RKDAngleLoss(RelationalLoss):
     https://arxiv.org/abs/1904.05068, and the authors' code, with which those named agree.
     """
 
-    def distances_loss(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+    related = 3
+
+    def total(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
         """Compare the angles that distances make."""
-        difference = angle_difference(student, teacher, dtype)
-        return difference / len(student) ** 3 if self.reduction == "mean" else difference
-
-
-def _relative(squares: Tensor) -> Tensor:
-    batch = len(squares)
-    own = torch.eye(batch, dtype=torch.bool, device=squares.device)
-    distances = squares.clamp(min=SMALLEST_SQUARE).sqrt().masked_fill(own, 0.0)
-    # All others are positive, so their number is known without a look at them.
-    mean = distances.sum() / max(1, batch * (batch - 1))
-    return distances / mean.clamp(min=SMALLEST_MEAN)
+        return angle_difference(squared_distances(student), squared_distances(teacher), dtype)

@@ -33,19 +33,50 @@ class _SquaredDistances(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (vectors,) = ctx.saved_tensors
-        # Distances do not see where the vectors' middle is, but rounding does.
-        centred = vectors - vectors.mean(0)
-        both = gradient + gradient.T
-        pulls: Tensor = both.sum(1, keepdim=True) * centred - both @ centred
-        return pulls * 2
+        return 2 * _pulls(vectors, gradient + gradient.T)
+
+
+def pair_distances(vectors: Tensor) -> Tensor:
+    """Return the Euclidean distances of all pairs i < j of vectors (B, D), (B * (B - 1) / 2)."""
+    if vectors.device.type == "cpu":
+        return torch.pdist(vectors)
+    first, second = _pairs(vectors)
+    return _direct_distances(vectors)[first, second]
+
+
+def pulls(vectors: Tensor, weights: Tensor) -> Tensor:
+    """Return for each vector the sum of its differences from the others, (B, D).
+
+    Args:
+        vectors: (B, D).
+        weights: of each pair's difference, as ``pair_distances`` orders them.
+    """
+    matrix = vectors.new_zeros(len(vectors), len(vectors))
+    first, second = _pairs(vectors)
+    matrix[first, second] = weights
+    return _pulls(vectors, matrix + matrix.T)
+
+
+def _pulls(vectors: Tensor, weights: Tensor) -> Tensor:
+    # Distances do not see where the vectors' middle is, but rounding does.
+    centred = vectors - vectors.mean(0)
+    return weights.sum(1, keepdim=True) * centred - weights @ centred
 
 
 def _squared_distances(vectors: Tensor) -> Tensor:
     if vectors.device.type != "cpu":
-        direct = "donot_use_mm_for_euclid_dist"
-        return torch.cdist(vectors, vectors, compute_mode=direct).square_()
+        return _direct_distances(vectors).square_()
     # Which takes ten times as long on a CPU.
-    first, second = torch.triu_indices(len(vectors), len(vectors), offset=1)
+    first, second = _pairs(vectors)
     squares = vectors.new_zeros(len(vectors), len(vectors))
     squares[first, second] = torch.pdist(vectors).square_()
     return squares + squares.T
+
+
+def _direct_distances(vectors: Tensor) -> Tensor:
+    return torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _pairs(vectors: Tensor) -> Tensor:
+    batch = len(vectors)
+    return torch.triu_indices(batch, batch, offset=1, device=vectors.device)
