@@ -1,6 +1,7 @@
 """Stored outputs of teachers in a run: the same result as without, and never a wrong one."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy
@@ -13,6 +14,7 @@ import distill
 from distill import ConfigError, Observer
 from distill.cli import main
 from distill.errors import DataError
+from distill.forked import Forked
 from distill.store.rows import open_rows
 from distill.testing import ToyData, ToyMLP, run_processes, toy_experiment, toy_registry
 
@@ -337,6 +339,22 @@ def test_a_run_killed_while_filling_goes_on_to_the_result_without_a_store(tmp_pa
     resumed = run(described(tmp_path / "first", EXACT))
     assert are_equal(student(resumed), student(without))
     assert open_rows(stores(tmp_path)[0]).filled == 40
+
+
+def test_a_run_killed_while_it_writes_rows_ends_as_one_without_a_store(tmp_path):
+    without = run(described(tmp_path / "plain"))
+    dying = Forked(str(SCRIPT), [str(tmp_path / "first"), "14"])
+    code, said = dying.wait(120)
+    assert code == -signal.SIGKILL, said
+    rows = open_rows(stores(tmp_path)[0])
+    assert 8 < rows.filled < 20
+    assert len(rows.damaged(numpy.arange(40))) == 1
+    code, said = Forked(str(SCRIPT), [str(tmp_path / "first")]).wait(120)
+    assert code == 0, said
+    resumed = load_file(tmp_path / "first" / "runs" / "toy" / "stage0" / "last.safetensors")
+    assert are_equal(resumed, student(without))
+    assert rows.filled == 40
+    assert len(rows.damaged(numpy.arange(40))) == 0
 
 
 def test_a_control_acts_on_what_is_stored(tmp_path):
