@@ -110,7 +110,7 @@ class Side:
             epoch=number,
             fingerprints=fingerprints_wanted(stage, self.stores),
         )
-        self.loop.epoch(with_stored(batches, self.stores), epoch=number)
+        self.loop.epoch(with_stored(batches, self.stores, number), epoch=number)
 
     def forget(self) -> None:
         """Empty the stores."""

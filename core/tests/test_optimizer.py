@@ -6,10 +6,15 @@ import torch
 from torch import nn
 
 from distill import ConfigError, check
-from distill.config.experiment import Clip
+from distill.config.experiment import Clip, Component
 from distill.testing import toy_experiment, toy_registry
 from distill.training.build import Builder
-from distill.training.optimizer import SMALLEST_SCALE, Optimization, build_optimization
+from distill.training.optimizer import (
+    SMALLEST_SCALE,
+    Optimization,
+    build_optimization,
+    fused,
+)
 
 CPU = torch.device("cpu")
 PLATEAU = {"type": "ReduceLROnPlateau", "params": {"mode": "max", "factor": 0.1, "patience": 0}}
@@ -236,3 +241,30 @@ def test_state_without_schedule_and_scaler_is_plain():
 
 def test_without_bounds_nothing_is_clipped():
     assert Optimization(torch.optim.SGD([Two().weight], lr=0.1)).clip == Clip(None, None)
+
+
+def test_a_checkpoint_of_another_device_leaves_an_optimizer_fused_as_it_is():
+    saved = Optimization(torch.optim.SGD([Two().weight], lr=0.1, momentum=0.9))
+    follow(saved, saved.parameters[0].square().sum())
+    weight = Two().weight
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True)
+    going_on = Optimization(optimizer, defers=True)
+    going_on.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["fused"] is True
+    assert follow(going_on, weight.square().sum()) == "deferred"
+
+
+@pytest.mark.parametrize(
+    ("params", "is_changed"),
+    [({"lr": 0.1}, True), ({"lr": 0.1, "foreach": True}, False), ({"fused": False}, False)],
+)
+def test_an_optimizer_is_fused_where_the_file_says_nothing(tmp_path, params, is_changed):
+    builder = Builder(toy_experiment(tmp_path, {}), toy_registry())
+    component = Component("AdamW", params, ())
+    assert (fused(builder, component).params.get("fused") is True) == is_changed
+
+
+def test_an_optimizer_without_a_fused_form_stays(tmp_path):
+    builder = Builder(toy_experiment(tmp_path, {}), toy_registry())
+    component = Component("Rprop", {"lr": 0.1}, ())
+    assert fused(builder, component) is component

@@ -132,11 +132,23 @@ def test_a_single_sample_comes_back_wherever_its_values_lie_in_the_row():
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-def test_what_float16_cannot_hold_is_refused():
-    values = {"teacher": torch.tensor([[1.0, 1e6]])}
-    form = form_of(values, [Address("teacher", "teacher")], "teacher", 1, Store())
-    with pytest.raises(DataError, match=r"beyond 65,504.*encoding: float32"):
-        form.encode(values, 1)
+@pytest.mark.parametrize(
+    ("encoding", "value", "lost"),
+    [
+        ("float16", 1e6, True),
+        ("float16", -math.inf, False),
+        ("top_k", 1e6, True),
+        ("int8", -math.inf, True),
+        ("int8", 1e6, False),
+        ("float32", 1e6, False),
+    ],
+)
+def test_what_an_encoding_does_not_hold_is_noticed(encoding, value, lost):
+    values = {"teacher": torch.tensor([[1.0, 2.0, value], [1.0, 2.0, 3.0]])}
+    store = Store(encoding, top=2)
+    form = form_of(values, [Address("teacher", "teacher")], "teacher", 2, store)
+    rows = form.encode(values, 2)
+    assert form.lost(values, rows).item() is lost
 
 
 def test_what_is_infinite_itself_is_kept():

@@ -11,7 +11,7 @@ import pytest
 from distill.errors import StorageError
 from distill.store import rows as module
 from distill.store.folder import entries, garbage, verify
-from distill.store.rows import META, create, open_rows
+from distill.store.rows import META, create, is_sound, open_rows
 
 ROWS, WIDTH = 60, 34
 
@@ -134,7 +134,7 @@ def test_a_store_without_room_is_refused_with_what_it_takes(tmp_path, monkeypatc
 def test_a_store_of_another_version_or_without_its_description_is_refused(tmp_path):
     filled(tmp_path / "s")
     meta = json.loads((tmp_path / "s" / META).read_text())
-    (tmp_path / "s" / META).write_text(json.dumps({**meta, "format": 99}))
+    (tmp_path / "s" / META).write_text(json.dumps({**meta, "format": 99, "sha256": ""}))
     with pytest.raises(StorageError, match="another version"):
         open_rows(tmp_path / "s")
     (tmp_path / "s" / META).write_text("{")
@@ -172,3 +172,36 @@ def test_stores_are_listed_with_what_is_in_them(tmp_path):
     (tmp_path / "file").write_text("")
     listed = {entry.name: (entry.meta is None, entry.filled) for entry in entries(tmp_path)}
     assert listed == {"a": (False, ROWS), "b": (True, 0)}
+
+
+def test_every_flipped_bit_of_the_description_is_found_and_a_new_store_is_made(tmp_path):
+    filled(tmp_path / "s")
+    file = tmp_path / "s" / META
+    whole = file.read_bytes()
+    draw = random.Random(2)
+    for _ in range(200):
+        at, bit = draw.randrange(len(whole)), draw.randrange(7)
+        flipped = whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :]
+        file.write_bytes(flipped)
+        is_same = _read(flipped) == json.loads(whole)
+        assert is_sound(tmp_path / "s") == is_same
+    file.write_bytes(whole[:-9])
+    create(tmp_path / "s", {}, ROWS, WIDTH)
+    assert open_rows(tmp_path / "s").filled == 0
+    assert len([path for path in tmp_path.iterdir() if path.name.endswith(".damaged")]) == 1
+
+
+def _read(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_a_store_that_may_only_be_read_is_read(tmp_path, monkeypatch):
+    content, inputs = filled(tmp_path / "s")
+    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
+    store = open_rows(tmp_path / "s")
+    assert store.read(numpy.arange(ROWS), inputs).valid.all()
+    store.write(numpy.arange(1), content[:1] + 1, inputs[:1])
+    assert sound(tmp_path / "s", content, inputs).all()

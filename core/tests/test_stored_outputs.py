@@ -84,6 +84,12 @@ def test_a_mixed_sample_is_known_by_itself_and_those_before_it():
     assert mixed_fingerprints(plain[::-1], 1)[1] != mixed_fingerprints(plain, 1)[3]
 
 
+def test_a_mixed_sample_is_known_by_the_place_of_its_batch_too():
+    plain = numpy.array([11, 22], dtype=numpy.int64)
+    found = {tuple(mixed_fingerprints(plain, 1, place)) for place in [(0, 0), (0, 1), (1, 0)]}
+    assert len(found) == 3
+
+
 def test_a_part_with_its_lead_mixes_as_the_whole_batch_does():
     plain = numpy.array([11, 22, 33, 44], dtype=numpy.int64)
     whole = mixed_fingerprints(plain, 1)

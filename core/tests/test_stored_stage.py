@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import distill
 from distill import ConfigError, Observer
 from distill.cli import main
+from distill.data.batch import collate
 from distill.errors import DataError
 from distill.forked import Forked
 from distill.store.rows import open_rows
@@ -122,6 +124,7 @@ def registry(heard=None, **more):
         batch_transforms={"Mix": Mix},
         datasets={"Listed": Listed},
         observers={"Notes": lambda: heard or Notes()},
+        collates={"mixing": mixing_collate},
         **more,
     )
 
@@ -213,7 +216,10 @@ def test_a_teacher_that_is_stored_is_not_loaded(tmp_path):
     first, Teacher.ran, heard = Teacher.ran, 0, Notes()
     run(described(tmp_path / "second", True, teacher="Teacher"), heard=heard)
     assert (first > 0, Teacher.ran) == (True, 0)
-    assert any("all of 40 are there, and the model is not loaded" in n for n in heard.notes)
+    assert any(
+        "all of 40 are there, and the model, measured before, is not loaded" in n
+        for n in heard.notes
+    )
     assert heard.teachers[0]["teacher"].keys() == {"accuracy"}
 
 
@@ -412,6 +418,34 @@ def test_batch_transforms_without_views_are_refused(tmp_path):
     assert "Mix draws in every epoch" in fault(tmp_path, True, data=data)
 
 
+def mixing_collate():
+    def put_together(samples):
+        batch = collate(samples)
+        return replace(batch, inputs=batch.inputs * torch.rand(1))
+
+    return put_together
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_a_collate_function_that_draws_is_refused_with_views_too(tmp_path, views):
+    train = {"type": "ToyData", "params": {"size": 20}, "collate": "mixing"}
+    data = {"train": "train", "batch_size": 8, "views": views}
+    said = fault(tmp_path, True, train=train, data=data)
+    assert "has a collate function that draws random numbers" in said
+
+
+def test_a_redesigned_teacher_is_refused(tmp_path):
+    said = fault(tmp_path, True, role={"redesign": "whole"})
+    assert "stages.stage0.teacher.store: is for the model as it is: whole may add" in said
+
+
+def test_a_damaged_checkpoint_is_told_at_its_key(tmp_path):
+    experiment = described(tmp_path / "first", True)
+    Path(checkpoint(tmp_path)).write_bytes(b"broken")
+    with pytest.raises(ConfigError, match=r"models.wide.checkpoint: .* cannot be read"):
+        run(experiment)
+
+
 def test_a_store_without_randomness_needs_no_views(tmp_path):
     data = {"train": "val", "batch_size": 8}
     run(described(tmp_path / "first", True, data=data))
@@ -472,7 +506,7 @@ def test_a_store_is_built_listed_verified_and_removed(on_disk, tmp_path):
     code, said = distill_command("store", "build", "toy.yaml", *on_disk)
     assert (code, "40 of 40 rows are there" in said) == (0, True)
     code, said = distill_command("run", "toy.yaml", *on_disk)
-    assert "all of 40 are there, and the model is not loaded" in said
+    assert "all of 40 are there, and the model, measured before, is not loaded" in said
     (name,) = [path.name for path in stores(tmp_path)]
     said = distill_command("store", "ls")[1].splitlines()
     assert said[1].split() == [

@@ -131,7 +131,7 @@ def _fill(
     )
     told = _Progress(say, plan.samples, f"  view {view + 1} of {stage.data.views or 1}")
     with torch.no_grad():
-        for number, batch in enumerate(with_stored(batches, distiller.stores)):
+        for number, batch in enumerate(with_stored(batches, distiller.stores, view)):
             if any(stored.missing is not None for stored in batch.stored.values()):
                 placed = batch.to(run.device, memory_format=memory_format(stage))
                 if mixing is not None:

@@ -163,6 +163,13 @@ def _check_samplers(resolver: Resolver, draft: StageDraft, stage: Stage) -> None
 
 def _check_stores(resolver: Resolver, stage: Stage) -> None:
     for teacher in stage.teachers.values():
+        if teacher.store is not None and teacher.redesign is not None:
+            message = (
+                f"is for the model as it is: {teacher.redesign.type} may add what the store does "
+                "not know of. Redesign the model under 'models', or leave 'redesign' out: it then "
+                "runs as far as it is needed"
+            )
+            resolver.fault((*teacher.path, "store"), message)
         if teacher.store is not None and stage.parallel == "fsdp":
             message = (
                 "under parallel: fsdp all processes have to run a teacher together, which with a "

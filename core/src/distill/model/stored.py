@@ -13,7 +13,8 @@ from torch import Tensor
 from distill.data.batch import Batch
 from distill.errors import DataError
 from distill.model.wiring import Address, Values
-from distill.store.encoding import Layout, decode, encode, layout, overflows
+from distill.randomness import derive
+from distill.store.encoding import Layout, decode, encode, is_lost, layout
 from distill.store.rows import Rows
 from distill.store_settings import Store
 
@@ -64,14 +65,11 @@ class Form:
             DataError: if the values are of another form.
         """
         tensors = self.tensors(values)
-        rows = encode(self.layout, tensors, samples)
-        lost = overflows(self.layout, tensors, rows) if rows.device.type == "cpu" else None
-        if lost is not None:
-            raise DataError(
-                f"'{lost}' has values beyond 65,504, the largest of float16; write "
-                "store: {encoding: float32}"
-            )
-        return rows
+        return encode(self.layout, tensors, samples)
+
+    def lost(self, values: Values, rows: Tensor) -> Tensor:
+        """Return whether rows do not hold some of the values, a bool where those are."""
+        return is_lost(self.layout, self.tensors(values), rows)
 
     def tensors(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the tensors that are kept of values, by the names of the layout."""
@@ -171,10 +169,19 @@ class Outputs:
     refused: int = 0
     _copies: list[_Copy] = field(default_factory=list)
 
-    def find(self, batch: Batch) -> StoredRows:
-        """Return what there is for a batch, which lies on the CPU with its fingerprints."""
+    def find(self, batch: Batch, epoch: int = 0, number: int = 0) -> StoredRows:
+        """Return what there is for a batch, which lies on the CPU with its fingerprints.
+
+        Args:
+            batch: as it has been read.
+            epoch: of the stage; with ``number``, that of the batch, what transforms of batches draw
+                depends on it.
+            number: in the epoch.
+        """
         assert batch.fingerprint is not None
-        fingerprints = mixed_fingerprints(batch.fingerprint.numpy(), self.mixed)[batch.lead :]
+        place = epoch % self.views, number
+        taken = mixed_fingerprints(batch.fingerprint.numpy(), self.mixed, place)
+        fingerprints = taken[batch.lead :]
         at = self._numbers(batch)[batch.lead :]
         found = self.rows.read(at, fingerprints.view(numpy.uint64))
         self.refused += found.refused
@@ -216,7 +223,7 @@ class Outputs:
         rows = self.form.encode(values, len(stored.at))
         merged = torch.where(missing[:, None], rows, stored.rows)
         self.flush()
-        copy = _Copy.start(rows, missing, stored)
+        copy = _Copy.start(rows, missing, stored, self.form.lost(values, rows))
         if rows.device.type == "cpu":
             self._write(copy)
         else:
@@ -231,6 +238,11 @@ class Outputs:
         self._copies.clear()
 
     def _write(self, copy: _Copy) -> None:
+        if copy.lost.item():
+            raise DataError(
+                "a teacher gives values that its store does not hold: beyond 65,504, the largest "
+                "of float16, or infinite ones with int8; write store: {encoding: float32}"
+            )
         chosen = copy.missing.numpy()
         at, fingerprints = copy.at.numpy()[chosen], copy.fingerprints.numpy()[chosen]
         self.rows.write(at, copy.rows.numpy()[chosen], fingerprints.view(numpy.uint64))
@@ -245,13 +257,14 @@ class _Copy:
     missing: Tensor
     at: Tensor
     fingerprints: Tensor
+    lost: Tensor
     event: torch.cuda.Event | None
 
     @classmethod
-    def start(cls, rows: Tensor, missing: Tensor, stored: StoredRows) -> _Copy:
+    def start(cls, rows: Tensor, missing: Tensor, stored: StoredRows, lost: Tensor) -> _Copy:
         is_cuda = rows.device.type == "cuda"
         copied = _to_host(rows), _to_host(missing)
-        places = _to_host(stored.at), _to_host(stored.fingerprints)
+        places = _to_host(stored.at), _to_host(stored.fingerprints), _to_host(lost)
         event = torch.cuda.Event() if is_cuda else None
         if event is not None:
             event.record()
@@ -269,15 +282,18 @@ def _to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def mixed_fingerprints(fingerprints: Any, transforms: int) -> Any:
+def mixed_fingerprints(fingerprints: Any, transforms: int, place: tuple[int, int] = (0, 0)) -> Any:
     """Return fingerprints of samples each of which is mixed with as many before it in its batch.
 
     Args:
         fingerprints: int64 (B,), of the samples in their order, the lead in front.
         transforms: of the batch.
+        place: of the batch: which of the epochs that come again, and which batch of it.
     """
+    if transforms == 0:
+        return fingerprints
     unsigned = fingerprints.astype(numpy.uint64)
-    mixed = unsigned.copy()
+    mixed = unsigned + numpy.uint64(derive(0, *place))
     for before in range(1, transforms + 1):
         mixed = mixed * numpy.uint64(0x9E3779B97F4A7C15) + numpy.roll(unsigned, before)
-    return mixed.view(numpy.int64) if transforms else fingerprints
+    return mixed.view(numpy.int64)

@@ -168,20 +168,23 @@ def _bytes(parts: list[Tensor]) -> Tensor:
     return as_bytes[0] if len(as_bytes) == 1 else torch.cat(as_bytes, 1)
 
 
-def overflows(form: Layout, tensors: Mapping[str, Tensor], rows: Tensor) -> str | None:
-    """Return the name of a finite value that is not kept as one, ``None`` if there is none."""
-    offset = 0
+def is_lost(form: Layout, tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """Return whether a value is not kept that should be, a bool where the rows are.
+
+    That is a finite one beyond what float16 holds, or one that is not finite under int8.
+    """
+    lost, offset = torch.zeros((), dtype=torch.bool, device=rows.device), 0
     for field in form.fields:
-        if field.kept in ("float16", "top_k"):
+        if field.kept in ("float16", "top_k", "int8"):
+            are_finite = tensors[field.name].isfinite().all()
             part = rows[:, offset : offset + field.width]
-            halves = _as(
-                part if field.kept == "float16" else part[:, -2 * (field.top + 1) :], torch.half
-            )
-            is_kept = bool(halves.isfinite().all())
-            if not is_kept and bool(tensors[field.name].isfinite().all()):
-                return field.name
+            if field.kept == "int8":
+                lost = lost | ~are_finite
+            else:
+                halves = part if field.kept == "float16" else part[:, -2 * (field.top + 1) :]
+                lost = lost | (are_finite & ~_as(halves, torch.half).isfinite().all())
         offset += field.width
-    return None
+    return lost
 
 
 def decode(form: Layout, rows: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ and it counts as absent.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ FORMAT = 1
 CHECK = numpy.dtype([("fingerprint", "<u8"), ("check", "<u4")])
 """Twelve bytes a row."""
 META, ROWS, CHECKS = "meta.json", "rows.bin", "checks.bin"
+DIGEST = "sha256"
+"""What ``meta.json`` calls the hash over all else in it."""
 Bytes = NDArray[numpy.uint8]
 
 
@@ -74,7 +77,12 @@ class Rows:
     def write(
         self, at: NDArray[numpy.int64], rows: Bytes, fingerprints: NDArray[numpy.uint64]
     ) -> None:
-        """Write rows in place; a row counts once its check is written, which comes last."""
+        """Write rows in place, unless the store may only be read.
+
+        A row counts once its check is written, which comes last.
+        """
+        if not self.rows.flags.writeable:
+            return
         checks = numpy.empty(len(at), CHECK)
         checks["fingerprint"] = fingerprints
         pairs = zip(rows, fingerprints.tolist(), strict=True)
@@ -123,7 +131,7 @@ def create(folder: Path, meta: Mapping[str, Any], rows: int, width: int) -> None
     Raises:
         StorageError: if there is no room for it, or it cannot be written.
     """
-    if (folder / META).is_file():
+    if is_sound(folder):
         return
     needed = rows * (width + CHECK.itemsize)
     try:
@@ -140,12 +148,15 @@ def create(folder: Path, meta: Mapping[str, Any], rows: int, width: int) -> None
             _take_place(new / ROWS, rows * width)
             _take_place(new / CHECKS, rows * CHECK.itemsize)
             full = {"format": FORMAT, **meta, "rows": rows, "width": width}
-            (new / META).write_text(json.dumps(full, indent=1))
+            full = json.loads(json.dumps(full, default=str))
+            (new / META).write_text(json.dumps({**full, DIGEST: _digest(full)}, indent=1))
             new.chmod(0o755)
+            if folder.exists():  # damaged beyond use; `distill store gc` removes it
+                folder.rename(new.with_name(f"{new.name}.damaged"))
             new.rename(folder)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
-            if not (folder / META).is_file():  # else another process was first
+            if not is_sound(folder):  # else another process was first
                 raise
     except OSError as error:
         raise StorageError(f"the store {folder} cannot be made: {error}") from error
@@ -193,15 +204,31 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text())
-        known = meta["format"] == FORMAT
-        sizes = (meta["rows"], meta["width"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        is_known, digest = meta["format"] == FORMAT, meta.pop(DIGEST)
+        is_whole = digest == _digest(meta)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StorageError(
             f"{folder} is no store, or a damaged one: {error}; `distill store gc` removes it"
         ) from error
-    if not known or not all(isinstance(size, int) and size >= 0 for size in sizes):
+    if not is_known:
         raise StorageError(f"{folder} was written by another version of distill")
+    if not is_whole:
+        raise StorageError(f"{folder} is damaged: its {META} is not what was written")
     return meta
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether a folder holds a store that can be opened."""
+    try:
+        read_meta(folder)
+    except StorageError:
+        return False
+    return True
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    text = json.dumps(meta, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _mapped(file: Path, dtype: numpy.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -211,5 +238,6 @@ def _mapped(file: Path, dtype: numpy.dtype[Any], shape: tuple[int, ...]) -> NDAr
             _reserve(opened, size)
     if size == 0:
         return numpy.zeros(shape, dtype)
-    mapped = numpy.memmap(file, dtype, "r+", shape=shape)
+    may_write = os.access(file, os.W_OK)  # else a store of others, which can be read all the same
+    mapped = numpy.memmap(file, dtype, "r+" if may_write else "r", shape=shape)
     return mapped.view(numpy.ndarray)

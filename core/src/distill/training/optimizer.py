@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from distill.training.schedule import Schedule, watches
 from distill.training.split_gradients import Split, terms_apart
 
 Outcome = Literal["followed", "deferred", "overflow", "not finite"]
+FORMS = {"fused", "foreach", "capturable"}
+"""What an optimizer says of how it computes."""
 SMALLEST_SCALE = 2.0**-10
 """A gradient that overflows fp16 though the loss is scaled down so far is no overflow."""
 
@@ -124,6 +126,10 @@ class Optimization:
         ]
 
     @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
     def scale(self) -> float:
         """What losses are multiplied with for their backward."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
@@ -145,7 +151,10 @@ class Optimization:
         """Go on from a saved state."""
         if self.schedule is not None:
             self.schedule.start_from(state["schedule"])
+        forms = [{key: group[key] for key in FORMS & group.keys()} for group in self._groups]
         self.optimizer.load_state_dict(sharding.parted(state["optimizer"], self.parameters))
+        for group, form in zip(self._groups, forms, strict=True):
+            group.update(form)  # which depends on the device, not on the checkpoint
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.scaler is not None:
@@ -198,7 +207,7 @@ def build_optimization(
         place = stage.places.get("freeze", stage.path)
         raise builder.experiment.error(place, "everything is frozen; nothing is left to train")
     component = stage.optimizer.component
-    if device.type == "cuda":
+    if device.type == "cuda" and not _has_sparse(trained.values()):
         component = fused(builder, component)
     optimizer = builder.component("optimizers", component, groups)
     schedule = build_schedule(builder, stage, optimizer)
@@ -223,6 +232,11 @@ def fused(builder: Builder, component: Component) -> Component:
     if "fused" not in offered or choices & component.params.keys():
         return component
     return replace(component, params={**component.params, "fused": True})
+
+
+def _has_sparse(modules: Iterable[nn.Module]) -> bool:
+    """Whether a module's gradient is sparse, which no fused optimizer takes."""
+    return any(getattr(part, "sparse", False) for module in modules for part in module.modules())
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -172,10 +172,12 @@ class SeedRun:
         batch, mixing = self.first_measured(stage, source, device), self.mixing(stage)
         return batch if mixing is None else mixing(batch, 0, 0, device)
 
-    def first_measured(self, stage: Stage, source: Source, device: torch.device) -> Batch:
-        """Return two samples as the stage's models are measured on them."""
+    def first_measured(
+        self, stage: Stage, source: Source, device: torch.device, size: int = 2
+    ) -> Batch:
+        """Return the first samples, usually two, as the stage's models are measured on them."""
         has_views = stage.data.views is not None and source.name == stage.data.train
-        batch = sample_batch(source, 2, self.seed, stage.data.on_bad_sample, views=has_views)
+        batch = sample_batch(source, size, self.seed, stage.data.on_bad_sample, views=has_views)
         return batch.to(device, memory_format=memory_format(stage))
 
     def in_form(self, stage: Stage, models: Iterable[nn.Module]) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,7 @@ def identity(
     weights: str,
     source: Source,
     seed: int,
+    device: str,
 ) -> dict[str, Any]:
     """Return as plain data what the outputs of a teacher in a stage depend on.
 
@@ -47,6 +49,7 @@ def identity(
         weights: their hash.
         source: the stage's training data.
         seed: of the run, which batch transforms depend on.
+        device: its type, on which they may draw.
     """
     teacher, data = stage.teachers[role], stage.data
     described = builder.experiment.datasets[data.train]
@@ -66,10 +69,10 @@ def identity(
             **_dataset(described),
             "samples": len(source),
             "in_memory": data.in_memory,
-            "code": code_of(_made_by(source)),
+            "code": code_of(made_by(source)),
         },
         "views": data.views,
-        "mixed": _mixed(builder, stage, seed),
+        "mixed": _mixed(builder, stage, seed, device),
     }
 
 
@@ -125,7 +128,7 @@ def _dataset(described: Dataset) -> dict[str, Any]:
     }
 
 
-def _mixed(builder: Builder, stage: Stage, seed: int) -> dict[str, Any] | None:
+def _mixed(builder: Builder, stage: Stage, seed: int, device: str) -> dict[str, Any] | None:
     """Return what decides with which other sample one is mixed, and how."""
     data = stage.data
     if not data.batch_transforms:
@@ -136,6 +139,7 @@ def _mixed(builder: Builder, stage: Stage, seed: int) -> dict[str, Any] | None:
         "batch_size": data.batch_size,
         "drop_last": data.drop_last,
         "views_at_once": data.views_at_once,
+        "device": device,
         "code": code_of(
             type(made) for made in builder.components("batch_transforms", data.batch_transforms)
         ),
@@ -146,9 +150,10 @@ def _plain(component: Component | None) -> Any:
     return None if component is None else [component.type, dict(component.params)]
 
 
-def _made_by(source: Source) -> list[Any]:
+def made_by(source: Source) -> list[Any]:
     """Return the classes and functions that a sample of a data set goes through."""
     made: list[Any] = [*source.transforms, *source.joint_transforms, source.collate]
+    made += [form for form in source.batched if form is not None]
     dataset: Any = source.dataset
     for _ in range(100):  # wrappers, as torch's, call what is inside ``dataset``
         made.append(dataset)
@@ -181,16 +186,29 @@ def _bases(thing: Any) -> Iterable[Any]:
 
 
 def _hash_of(name: str) -> str:
-    module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    if module is None or file is None:
-        return "unknown"
+    """Return a hash over the files that a module, or all of a package, comes from.
+
+    Code that is in no file is never the same as before.
+    """
+    files = _files(sys.modules.get(name))
+    if not files:
+        return uuid.uuid4().hex
     found = hashlib.sha256()
-    for path in _files(module, Path(file)):
+    for path in files:
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 
 
-def _files(module: ModuleType, file: Path) -> list[Path]:
-    is_package = hasattr(module, "__path__") and module.__name__ != OWN
-    return sorted(file.parent.rglob("*.py")) if is_package else [file]
+def _files(module: ModuleType | None) -> list[Path]:
+    """Return a package's files; of a module by itself also those that it may have imported."""
+    if module is None:
+        return []
+    is_own = module.__name__.partition(".")[0] == OWN
+    file = getattr(module, "__file__", None)
+    if not is_own and hasattr(module, "__path__"):
+        return sorted(path for folder in module.__path__ for path in Path(folder).rglob("*.py"))
+    if file is None or is_own:
+        return [] if file is None else [Path(file)]
+    folder = Path(file).parent
+    loaded = (getattr(other, "__file__", None) for other in [*sys.modules.values()])
+    return sorted({Path(path) for path in loaded if path and Path(path).parent == folder})

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 
 from distill import distributed, randomness
-from distill.config.experiment import Component, Dataset, Stage
-from distill.data.batch import Batch, map_tensors
+from distill.config.experiment import Component, Dataset, Stage, Teacher
+from distill.data.batch import Batch, collate, map_tensors
 from distill.data.fingerprint import fingerprint
 from distill.data.loader import Fingerprints
 from distill.data.plan import Plan
@@ -36,10 +37,19 @@ from distill.training.metrics import compares_with
 from distill.training.parts import Parts
 from distill.training.seed_run import SeedRun
 from distill.training.stage import Assembly, assemble
-from distill.training.store_identity import digest, identity, weights_in, weights_of
-from distill.training.teacher_store import TeacherStore
+from distill.training.store_identity import (
+    code_of,
+    digest,
+    identity,
+    made_by,
+    weights_in,
+    weights_of,
+)
+from distill.training.teacher_store import TeacherStore, first_of
 
 META = torch.device("meta")
+MEASURED_ON = 64
+"""So many samples of validation data tell whether they are those of an earlier measurement."""
 LOOKED_AT = 8
 """So many samples are read to find out whether anything draws random numbers."""
 
@@ -66,7 +76,8 @@ def may_stay_unloaded(builder: Builder, name: str) -> bool:
             return False
         if any(t.instance == name and t.store is None for t in stage.teachers.values()):
             return False
-    return Path(described.checkpoint).is_file()
+    checkpoint = Path(described.checkpoint)
+    return checkpoint.suffix == ".safetensors" and checkpoint.is_file()
 
 
 def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
@@ -90,18 +101,26 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
 
 def _store(run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source) -> TeacherStore:
     teacher = stage.teachers[role]
+    weights = _weights(run, teacher)
     model = run.models[teacher.instance]
-    if teacher.instance in run.unloaded:
-        checkpoint = run.builder.experiment.models[teacher.model].checkpoint
-        assert checkpoint is not None
-        weights = weights_in(Path(checkpoint))
-    else:
-        weights = weights_of(model.state_dict())
-    known = identity(run.builder, stage, role, asked.addresses, model, weights, source, run.seed)
+    place = run.seed, run.device.type
+    known = identity(run.builder, stage, role, asked.addresses, model, weights, source, *place)
     rows = len(source) * (stage.data.views or 1)
     return TeacherStore(
         role, teacher, asked.addresses, asked.more, known, run.builder.stores / digest(known), rows
     )
+
+
+def _weights(run: SeedRun, teacher: Teacher) -> str:
+    """Return the hash of a teacher's weights, from its checkpoint if it is not loaded."""
+    if teacher.instance in run.unloaded:
+        checkpoint = run.builder.experiment.models[teacher.model].checkpoint
+        assert checkpoint is not None
+        try:
+            return weights_in(Path(checkpoint))
+        except (SafetensorError, OSError):
+            run.load(teacher.instance)  # which says what is wrong with it
+    return weights_of(run.models[teacher.instance].state_dict())
 
 
 def _asked(builder: Builder, stage: Stage) -> dict[str, Asked]:
@@ -130,9 +149,14 @@ def _check_repeats(builder: Builder, stage: Stage, role: str, source: Source) ->
     Raises:
         ConfigError: with the two ways out.
     """
-    if stage.data.views is not None:
-        return
-    what = _drawing(stage, source)
+    path = (*stage.teachers[role].path, "store")
+    if _collate_draws(source):
+        message = (
+            f"data set '{source.name}' has a collate function that draws random numbers, which no "
+            "view fixes; a batch transform can be had with views"
+        )
+        raise builder.experiment.error(path, message)
+    what = _drawing(stage, source) if stage.data.views is None else None
     if what is None:
         return
     message = (
@@ -140,7 +164,20 @@ def _check_repeats(builder: Builder, stage: Stage, role: str, source: Source) ->
         "nothing stored of it could be used again; write data: {views: 4} to draw 4 views of each "
         "sample once and for all, or take out what is random"
     )
-    raise builder.experiment.error((*stage.teachers[role].path, "store"), message)
+    raise builder.experiment.error(path, message)
+
+
+def _collate_draws(source: Source) -> bool:
+    if source.collate is collate:
+        return False
+    with randomness.seeded(0, "a look at a collate function"):
+        try:
+            samples = [source.read(index) for index in range(min(2, len(source)))]
+            before = _generators()
+            source.collate(samples)
+        except Exception:  # foreign code, which the rehearsal tells of
+            return False
+        return _generators() != before
 
 
 def _drawing(stage: Stage, source: Source) -> str | None:
@@ -228,11 +265,13 @@ def measured_key(run: SeedRun, stage: Stage) -> str:
     """Return a hash over what a teacher is measured on."""
     experiment = run.builder.experiment
     looked_at: list[Any] = [[m.component.type, dict(m.component.params)] for m in stage.metrics]
+    looked_at.append(code_of(run.metrics(stage.metrics, stage.teachers).values()))
     for name in stage.data.validate:
         source = run.sources[name]
-        first = range(min(LOOKED_AT, len(source)))
-        randomness_free = [_seen(source, index) for index in first]
-        looked_at.append([_described(experiment.datasets[name]), len(source), randomness_free])
+        some = numpy.linspace(0, len(source) - 1, min(MEASURED_ON, len(source))).astype(int)
+        seen = [_seen(source, index) for index in some.tolist()]
+        looked_at.append([_described(experiment.datasets[name]), len(source), seen])
+        looked_at.append(code_of(made_by(source)))
     looked_at += [stage.precision, stage.data.validate]
     return hashlib.sha256(json.dumps(looked_at, default=str).encode()).hexdigest()[:20]
 
@@ -279,9 +318,17 @@ def put_into_use(
             continue
         if not distributed.from_main(store.is_there):
             if distributed.is_main():
-                store.make(distiller, batch)
+                store.make(distiller, batch, _alone(run, assembly.stage, batch))
             distributed.barrier()
         distiller.stores[role] = store.open(assembly.stage)
+
+
+def _alone(run: SeedRun, stage: Stage, batch: Batch) -> Batch:
+    """Return the first sample by itself, put into a batch anew unless it is mixed with another."""
+    if stage.data.batch_transforms:
+        return first_of(batch)
+    source = run.sources[stage.data.train]
+    return run.first_measured(stage, source, batch.index.device, size=1)
 
 
 def _late(run: SeedRun, assembly: Assembly, role: str, batch: Batch) -> Callable[[], None]:
@@ -318,7 +365,8 @@ def store_notes(assembly: Assembly) -> Iterator[str]:
         there = "all" if filled == rows else f"{filled:,}"
         folder = outputs.rows.folder
         kept = f"{role}'s outputs are stored in {folder}: {there} of {rows:,} are there"
-        yield kept + (", and the model is not loaded" if role in assembly.absent else "")
+        is_absent = role in assembly.absent
+        yield kept + (", and the model, measured before, is not loaded" if is_absent else "")
 
 
 def fingerprints_wanted(stage: Stage, stores: Iterable[str]) -> Fingerprints | None:
@@ -330,17 +378,17 @@ def fingerprints_wanted(stage: Stage, stores: Iterable[str]) -> Fingerprints | N
 
 
 def with_stored(
-    batches: Iterator[Batch], stores: Mapping[str, Outputs], *, pins: bool = False
+    batches: Iterator[Batch], stores: Mapping[str, Outputs], epoch: int, *, pins: bool = False
 ) -> Iterator[Batch]:
-    """Give each batch what is stored for it, in page-locked memory if ``pins``."""
-    return _looked_up(batches, stores, pins) if stores else batches
+    """Give each batch of an epoch what is stored for it, in page-locked memory if ``pins``."""
+    return _looked_up(batches, stores, epoch, pins) if stores else batches
 
 
 def _looked_up(
-    batches: Iterable[Batch], stores: Mapping[str, Outputs], pins: bool
+    batches: Iterable[Batch], stores: Mapping[str, Outputs], epoch: int, pins: bool
 ) -> Iterator[Batch]:
-    for batch in batches:
-        found = {role: outputs.find(batch) for role, outputs in stores.items()}
+    for number, batch in enumerate(batches):
+        found = {role: out.find(batch, epoch, number) for role, out in stores.items()}
         if pins:
             found = map_tensors(lambda tensor: tensor.pin_memory(), found)
         yield replace(batch, stored=found)

@@ -48,7 +48,7 @@ class TeacherStore:
     @property
     def is_there(self) -> bool:
         """Whether the store has been made."""
-        return (self.folder / files.META).is_file()
+        return files.is_sound(self.folder)
 
     def open(self, stage: Stage) -> Outputs:
         """Open the store.
@@ -63,8 +63,13 @@ class TeacherStore:
         views = stage.data.views or 1
         return Outputs(rows, form, views, len(stage.data.batch_transforms))
 
-    def make(self, distiller: Distiller, batch: Batch) -> None:
+    def make(self, distiller: Distiller, batch: Batch, alone: Batch) -> None:
         """Make an empty store in the form of what the teacher gives for a few samples.
+
+        Args:
+            distiller: of the stage.
+            batch: of the samples.
+            alone: of the first of them by itself.
 
         Raises:
             DataError: if that cannot be stored.
@@ -77,19 +82,23 @@ class TeacherStore:
             form = form_of(values, self.addresses, self.role, samples, self.teacher.store)
         except DataError as error:
             raise DataError(f"store of teacher '{self.role}': {error}") from error
-        self._check_alone(distiller, batch, form, values)
+        self._check_alone(distiller, alone, form, values, samples)
         meta = {"identity": self.known, "form": form.plain()}
         files.create(self.folder, meta, self.rows, form.layout.width)
 
     def _check_alone(
-        self, distiller: Distiller, batch: Batch, form: Form, together: dict[str, Any]
+        self,
+        distiller: Distiller,
+        batch: Batch,
+        form: Form,
+        together: dict[str, Any],
+        samples: int,
     ) -> None:
         """Refuse a teacher whose outputs for a sample depend on the others of its batch."""
-        samples = len(batch)
         if samples < 2:
             return
         try:
-            alone = _given(distiller, self.role, first_of(batch))
+            alone = _given(distiller, self.role, batch)
             of_one = form.tensors(alone)
         except Exception:  # foreign code that wants more than one sample tells nothing
             return

@@ -175,7 +175,7 @@ class _Training:
             lead=mixing.lead if mixing else 0,
             fingerprints=fingerprints_wanted(stage, distiller.stores),
         )
-        batches = with_stored(batches, distiller.stores, pins=loading.pin_memory)
+        batches = with_stored(batches, distiller.stores, epoch, pins=loading.pin_memory)
         try:
             summary = self.loop.epoch(
                 batches,
