@@ -73,7 +73,7 @@ def test_a_data_set_is_packed_behind_its_wrappers_and_read_by_the_file(file: Pat
 def test_what_cannot_be_packed_is_told_in_a_line(file: Path) -> None:
     for arguments, code, message in (
         (("phots", "x"), 2, "there is no data set 'phots' in"),
-        (("photos", "x", "--format", "jpg"), 3, "there is no packer 'jpg'; did you mean jpeg?"),
+        (("photos", "x", "--format", "jpg"), 2, "--format jpg: write one of jpeg, raw"),
         (("photos", "photos"), 2, "is there already, with something else"),
         (("broken", "x"), 5, "data set 'broken': sample 0 cannot be read"),
     ):

@@ -171,7 +171,7 @@ def test_what_does_not_begin_with_the_batch_is_refused(tensor, message):
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 20, 3, 3)])
 def test_top_k_is_refused_for_what_are_no_logits_of_enough_classes(shape):
-    with pytest.raises(DataError, match="more than top: 12 classes"):
+    with pytest.raises(DataError, match="more than top: 12 classes; write a smaller top"):
         layout({"teacher": torch.zeros(shape)}, "teacher", 2, Store("top_k"))
 
 

@@ -550,3 +550,33 @@ def test_a_module_of_the_teacher_keeps_it_loaded(tmp_path):
     reading = run(described(tmp_path / "second", EXACT, **stage), heard=heard)
     assert are_equal(student(reading), student(without))
     assert any(note.endswith("all of 40 are there") for note in heard.notes)
+
+
+@pytest.mark.parametrize(
+    ("role", "message"),
+    [
+        ({"store": {"top": 3}}, "teacher.store.top: is for encoding: top_k"),
+        ({"fast": {}}, "teacher.fast: names nothing to do"),
+        ({"mode": "train"}, "teacher.store: is for a teacher in mode: eval"),
+    ],
+)
+def test_what_a_teachers_keys_say_in_vain_is_a_fault(tmp_path, role, message):
+    assert message in fault(tmp_path, True, role=role)
+
+
+def test_a_damaged_store_is_begun_again_and_told(tmp_path, capfd):
+    first = run(described(tmp_path / "first", EXACT))
+    (stores(tmp_path)[0] / "meta.json").write_text("{")
+    second = run(described(tmp_path / "second", EXACT))
+    assert "is damaged, and begun again" in capfd.readouterr().err
+    assert are_equal(student(first), student(second))
+
+
+def test_verifying_a_damaged_store_ends_with_a_code_of_its_own(on_disk, tmp_path):
+    distill_command("store", "build", "toy.yaml", *on_disk)
+    assert distill_command("store", "verify")[0] == 0
+    open_rows(stores(tmp_path)[0]).rows[0, 0] ^= 1
+    assert distill_command("store", "verify")[0] == 5
+    assert (
+        "there are no stores in nowhere" in distill_command("store", "gc", "--stores", "nowhere")[1]
+    )

@@ -81,6 +81,9 @@ def pack(
         known = list(experiment.datasets)
         hint = did_you_mean(dataset, known) or f" (there are: {', '.join(known)})"
         raise UsageError(f"there is no data set '{dataset}' in {file}{hint}")
+    formats = [entry.name for entry in registry.entries("packers")]
+    if encoding not in formats:
+        raise UsageError(f"--format {encoding}: write one of {', '.join(formats) or 'none'}")
     packer = registry.create("packers", encoding, size=size, quality=quality, workers=workers)
     source = Builder(experiment, registry, allow_remote_code=allow_remote_code).source(dataset)
     spec = experiment.datasets[dataset]

@@ -13,6 +13,9 @@ from distill.cli_errors import Group
 from distill.cli_options import plugin_option, remote_code_option, set_option, stores_option
 from distill.errors import StorageError, UsageError
 
+DATA = 5
+"""Exit code where data or stores are at fault."""
+
 
 @click.group(cls=Group)
 def store() -> None:
@@ -107,7 +110,10 @@ def ls(stores: Path) -> None:
 @click.argument("names", metavar="[STORE]...", nargs=-1)
 @stores_option
 def verify(names: Sequence[str], stores: Path) -> None:
-    """Look at every row of stores; damaged ones are computed anew when they are asked for."""
+    """Look at every row of stores; damaged ones are computed anew when they are asked for.
+
+    Exits with 5 if there are any.
+    """
     from distill.store.folder import entries
     from distill.store.folder import verify as verify_store
 
@@ -116,14 +122,21 @@ def verify(names: Sequence[str], stores: Path) -> None:
     if unknown:
         known = ", ".join(there) or "none"
         raise UsageError(f"there is no store '{unknown[0]}' in {stores} (there are: {known})")
+    if not there:
+        click.echo(f"there are no stores in {stores}")
+    is_damaged = False
     for name in names or there:
         try:
             filled, damaged = verify_store(there[name])
         except StorageError as error:
             click.echo(f"{name}: {error}")
+            is_damaged = True
             continue
         state = f"{damaged:,} damaged, to be computed anew" if damaged else "all sound"
         click.echo(f"{name}: {filled:,} rows, {state}")
+        is_damaged |= bool(damaged)
+    if is_damaged:
+        sys.exit(DATA)
 
 
 @store.command()
@@ -142,6 +155,8 @@ def gc(unused: float, dry_run: bool, stores: Path) -> None:
     from distill.store.folder import garbage, remove
 
     freed = 0
+    if not stores.is_dir():
+        click.echo(f"there are no stores in {stores}")
     for folder in garbage(stores, unused):
         if dry_run:
             click.echo(f"would remove {folder}")

@@ -119,7 +119,7 @@ class Console(Observer):
 
         if event.misfits:
             rows = _count(event.misfits, "stored row")
-            self._line(f"    {rows} did not fit the samples any more: computed anew")
+            self._line(f"    {rows} computed anew: damaged, or of samples that have changed")
 
     def stage_end(self, event: StageEnd) -> None:
         """Show the test result, how fast it was, and where the student lies."""

@@ -214,9 +214,24 @@ def _teachers(resolver: Resolver, draft: StageDraft) -> dict[str, Teacher]:
             resolver.fault((*path, "min_accuracy"), "needs data.validate to measure on")
         for key in ("store", "fast"):
             if getattr(teachers[role], key) is not None and teachers[role].mode == "train":
-                message = "is for a teacher in mode: eval, whose outputs depend on the sample alone"
+                message = (
+                    "is for a teacher in mode: eval, whose outputs depend on the sample alone; "
+                    f"take out mode: train, or {key}"
+                )
                 resolver.fault((*path, key), message)
+        _check_without_effect(resolver, given, path)
     return teachers
+
+
+def _check_without_effect(resolver: Resolver, given: Mapping[str, Any], path: Path) -> None:
+    """Fault what a teacher's keys say and nothing follows from."""
+    kept, fast_parts = given.get("store"), given.get("fast")
+    if isinstance(kept, Mapping) and kept.get("encoding") != "top_k":
+        for key in {"top", "temperature"} & kept.keys():
+            resolver.fault((*path, "store", key), "is for encoding: top_k, which is not asked for")
+    if fast_parts == {}:
+        message = "names nothing to do; write true, or parts such as {precision: bf16}"
+        resolver.fault((*path, "fast"), message)
 
 
 def _check_roles(

@@ -162,7 +162,15 @@ def _check_samplers(resolver: Resolver, draft: StageDraft, stage: Stage) -> None
 
 
 def _check_stores(resolver: Resolver, stage: Stage) -> None:
+    mixing = stage.data.batch_transforms if stage.data.views is None else ()
     for teacher in stage.teachers.values():
+        if teacher.store is not None and mixing:
+            message = (
+                f"{mixing[0].type} draws in every epoch, so that the teacher never sees an image "
+                "twice and nothing stored of it could be used again; write data: {views: 4} to "
+                "draw 4 views of each sample once and for all, or take out batch_transforms"
+            )
+            resolver.fault((*teacher.path, "store"), message)
         if teacher.store is not None and teacher.redesign is not None:
             message = (
                 f"is for the model as it is: {teacher.redesign.type} may add what the store does "

@@ -241,10 +241,13 @@ def _refuse_unless_kept(source: Source, left: Sequence[int], values: Sequence[An
         default_collate(list(values[:1]))
     except TypeError as error:
         kind = f"{type(values[0]).__module__.split('.')[0]} {type(values[0]).__name__}"
-        first = f"{_name(source.transforms[left[0]])}" if left else "them"
+        where, mend = "", f"write transforms: [ToImage] for data set '{source.name}'"
+        if left:
+            where = f" before its transform {_name(source.transforms[left[0]])}"
+            mend = "put ToImage in front of it"
         raise NotKeepable(
-            f"samples of data set '{source.name}' are no tensors before its transform {first} "
-            f"(they are {kind}), so that they cannot be kept as one; put ToImage in front of it"
+            f"samples of data set '{source.name}' are no tensors{where} (they are {kind}), so that "
+            f"they cannot be kept as one; {mend}"
         ) from error
 
 

@@ -94,7 +94,7 @@ class Kept(Source):
         rows = at
         if self.views > 1:
             rows = (at[:, None] * self.views + torch.arange(self.views)).flatten()
-        inputs = taken(self.inputs, rows.to(self.device))
+        inputs = taken(self.inputs, self._placed(rows))
         numbers, first, pending = self._numbers(at, again, place), 0, None
         for number, step in enumerate(self.steps):
             if isinstance(step, OneByOne):
@@ -105,7 +105,7 @@ class Kept(Source):
             pending, first = Pending(self.name, step.transforms, drawn), last
             if number < len(self.steps) - 1:
                 inputs, pending = pending(inputs), None
-        own = at.to(self.device)
+        own = self._placed(at)
         targets, extras = taken(self.targets, own), taken(self.extras, own)
         return Batch(inputs, targets, at, extras, pending=pending)
 
@@ -134,6 +134,12 @@ class Kept(Source):
             fingerprint((self._hash(sample, whole), row, inputs))
             for sample, row, inputs in zip(index, drawn, seen, strict=True)
         ]
+
+    def _placed(self, index: torch.Tensor) -> torch.Tensor:
+        """Return an index on the device, without waiting for what that has to do before."""
+        if self.device.type != "cuda":
+            return index.to(self.device)
+        return index.pin_memory().to(self.device, non_blocking=True)
 
     def _hash(self, index: int, whole: bool) -> int:
         key = (index, whole)

@@ -105,7 +105,7 @@ def _field(name: str, tensor: Tensor, samples: int, store: Store, *, is_logits: 
         if tensor.dim() != LOGITS or each > 1 or classes <= store.top:
             raise DataError(
                 f"'{name}' has the shape {tuple(tensor.shape)}; encoding top_k is for logits "
-                f"(B, C) of more than top: {store.top} classes"
+                f"(B, C) of more than top: {store.top} classes; write a smaller top, or float16"
             )
         index = 2 if classes <= MOST_SHORT else 4
         width = store.top * (2 + index) + 2

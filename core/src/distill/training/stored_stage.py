@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,13 +157,13 @@ def _check_repeats(builder: Builder, stage: Stage, role: str, source: Source) ->
             "view fixes; a batch transform can be had with views"
         )
         raise builder.experiment.error(path, message)
-    what = _drawing(stage, source) if stage.data.views is None else None
-    if what is None:
+    if stage.data.views is not None or not _draws(source):
         return
     message = (
-        f"{what}, so that the teacher never sees an image of data set '{source.name}' twice and "
-        "nothing stored of it could be used again; write data: {views: 4} to draw 4 views of each "
-        "sample once and for all, or take out what is random"
+        "its transforms draw random numbers in every epoch, so that the teacher never sees an "
+        f"image of data set '{source.name}' twice and nothing stored of it could be used again; "
+        "write data: {views: 4} to draw 4 views of each sample once and for all, or take out what "
+        "is random"
     )
     raise builder.experiment.error(path, message)
 
@@ -180,10 +181,8 @@ def _collate_draws(source: Source) -> bool:
         return _generators() != before
 
 
-def _drawing(stage: Stage, source: Source) -> str | None:
-    """Return what of a stage's inputs is drawn anew, ``None`` if nothing is."""
-    if stage.data.batch_transforms:
-        return f"{stage.data.batch_transforms[0].type} draws in every epoch"
+def _draws(source: Source) -> bool:
+    """Whether reading a sample draws random numbers."""
     with randomness.seeded(0, "a look at transforms"):
         for index in range(min(LOOKED_AT, len(source))):
             before = _generators()
@@ -192,8 +191,8 @@ def _drawing(stage: Stage, source: Source) -> str | None:
             except DataError:  # told when it is read for training
                 continue
             if _generators() != before:
-                return "its transforms draw random numbers in every epoch"
-    return None
+                return True
+    return False
 
 
 def _generators() -> tuple[Any, ...]:
@@ -318,9 +317,20 @@ def put_into_use(
             continue
         if not distributed.from_main(store.is_there):
             if distributed.is_main():
-                store.make(distiller, batch, _alone(run, assembly.stage, batch))
+                _make(run, assembly, store, batch)
             distributed.barrier()
         distiller.stores[role] = store.open(assembly.stage)
+
+
+def _make(run: SeedRun, assembly: Assembly, store: TeacherStore, batch: Batch) -> None:
+    if store.folder.exists():
+        print(f"the store {store.folder} is damaged, and begun again", file=sys.stderr, flush=True)
+    assert assembly.distiller is not None
+    try:
+        store.make(assembly.distiller, batch, _alone(run, assembly.stage, batch))
+    except DataError as error:
+        fault = run.builder.experiment.fault((*store.teacher.path, "store"), str(error))
+        raise DataError(str(fault)) from error
 
 
 def _alone(run: SeedRun, stage: Stage, batch: Batch) -> Batch:

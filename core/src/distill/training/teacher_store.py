@@ -78,10 +78,7 @@ class TeacherStore:
         samples = len(batch)
         values = _given(distiller, self.role, batch)
         assert self.teacher.store is not None
-        try:
-            form = form_of(values, self.addresses, self.role, samples, self.teacher.store)
-        except DataError as error:
-            raise DataError(f"store of teacher '{self.role}': {error}") from error
+        form = form_of(values, self.addresses, self.role, samples, self.teacher.store)
         self._check_alone(distiller, alone, form, values, samples)
         meta = {"identity": self.known, "form": form.plain()}
         files.create(self.folder, meta, self.rows, form.layout.width)
@@ -109,8 +106,8 @@ class TeacherStore:
             limit = ALIKE * float(same.abs().max()) if is_alike and same.numel() else 0.0
             if not is_alike or (same.numel() and float((one - same).abs().max()) > limit):
                 raise DataError(
-                    f"store of teacher '{self.role}': what it gives as '{name}' for a sample "
-                    "depends on the other samples of the batch, so that it cannot be stored"
+                    f"what the teacher gives as '{name}' for a sample depends on the other samples "
+                    "of the batch, so that it cannot be stored"
                 )
 
     def measured(self, key: str) -> Numbers | None:

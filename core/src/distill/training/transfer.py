@@ -25,7 +25,8 @@ def copied_ahead(
                 placed = batch.to(device, non_blocking=True, memory_format=memory_format)
                 following = placed, stream.record_event()
         else:  # what has been put together on the device belongs to the stream of the step
-            following = batch.to(device, memory_format=memory_format), None
+            placed = batch.to(device, non_blocking=True, memory_format=memory_format)
+            following = placed, None
         if ahead is not None:
             yield _arrived(*ahead)
         ahead = following
