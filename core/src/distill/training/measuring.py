@@ -15,11 +15,11 @@ from distill.reference import STUDENT
 from distill.training.around import special_module
 from distill.training.average import Average
 from distill.training.evaluation import Evaluating, evaluate
+from distill.training.measured_before import measured_key
 from distill.training.metrics import is_higher_better
 from distill.training.seed_run import SeedRun, memory_format
 from distill.training.sharding import is_sharded
 from distill.training.stage import REDUCED
-from distill.training.stored_stage import measured_key
 from distill.training.teacher_store import TeacherStore
 
 

@@ -66,7 +66,7 @@ def identity(
         "asked": sorted({json.dumps([address.value, *address.keys]) for address in addresses}),
         "kept": asdict(teacher.store) if teacher.store is not None else None,
         "data": {
-            **_dataset(described),
+            **described_data(described),
             "samples": len(source),
             "in_memory": data.in_memory,
             "code": code_of(made_by(source)),
@@ -118,7 +118,8 @@ def _made_in(builder: Builder, teacher: Teacher) -> list[Any]:
     ]
 
 
-def _dataset(described: Dataset) -> dict[str, Any]:
+def described_data(described: Dataset) -> dict[str, Any]:
+    """Return as plain data how the file describes a data set."""
     return {
         "component": _plain(described.component),
         "wrappers": [_plain(c) for c in described.wrappers],

@@ -7,52 +7,41 @@ sample another one than it was, the teacher is loaded in the middle of an epoch.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy
 import torch
 from safetensors import SafetensorError
 
-from distill import distributed, randomness
-from distill.config.experiment import Component, Dataset, Stage, Teacher
-from distill.data.batch import Batch, collate, map_tensors
-from distill.data.fingerprint import fingerprint
+from distill import distributed
+from distill.config.experiment import Stage, Teacher
+from distill.data.batch import Batch, map_tensors
 from distill.data.loader import Fingerprints
 from distill.data.plan import Plan
 from distill.data.source import Source
 from distill.errors import ConfigError, DataError
 from distill.model.stored import Outputs
 from distill.model.wiring import Address
-from distill.observer import Numbers
 from distill.training.around import special_module
 from distill.training.build import Builder
 from distill.training.fast_teachers import make_fast
+from distill.training.measured_before import measured_key
 from distill.training.metrics import compares_with
 from distill.training.parts import Parts
+from distill.training.repeated_inputs import check_repeats
 from distill.training.seed_run import SeedRun
 from distill.training.stage import Assembly, assemble
 from distill.training.store_identity import (
-    code_of,
     digest,
     identity,
-    made_by,
     weights_in,
     weights_of,
 )
 from distill.training.teacher_store import TeacherStore, first_of
 
 META = torch.device("meta")
-MEASURED_ON = 64
-"""So many samples of validation data tell whether they are those of an earlier measurement."""
-LOOKED_AT = 8
-"""So many samples are read to find out whether anything draws random numbers."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
     if not wanted:
         return {}
     source = run.sources[stage.data.train]
-    _check_repeats(run.builder, stage, wanted[0], source)
+    check_repeats(run.builder, stage, wanted[0], source)
     asked = _asked(run.builder, stage)
     return {
         role: _store(run, stage, role, asked[role], source)
@@ -142,67 +131,6 @@ def _asked(builder: Builder, stage: Stage) -> dict[str, Asked]:
         )
         for role in stage.teachers
     }
-
-
-def _check_repeats(builder: Builder, stage: Stage, role: str, source: Source) -> None:
-    """Refuse a store for inputs that are drawn anew in every epoch.
-
-    Raises:
-        ConfigError: with the two ways out.
-    """
-    path = (*stage.teachers[role].path, "store")
-    if _collate_draws(source):
-        message = (
-            f"data set '{source.name}' has a collate function that draws random numbers, which no "
-            "view fixes; a batch transform can be had with views"
-        )
-        raise builder.experiment.error(path, message)
-    if stage.data.views is not None or not _draws(source):
-        return
-    message = (
-        "its transforms draw random numbers in every epoch, so that the teacher never sees an "
-        f"image of data set '{source.name}' twice and nothing stored of it could be used again; "
-        "write data: {views: 4} to draw 4 views of each sample once and for all, or take out what "
-        "is random"
-    )
-    raise builder.experiment.error(path, message)
-
-
-def _collate_draws(source: Source) -> bool:
-    if source.collate is collate:
-        return False
-    with randomness.seeded(0, "a look at a collate function"):
-        try:
-            samples = [source.read(index) for index in range(min(2, len(source)))]
-            before = _generators()
-            source.collate(samples)
-        except Exception:  # foreign code, which the rehearsal tells of
-            return False
-        return _generators() != before
-
-
-def _draws(source: Source) -> bool:
-    """Whether reading a sample draws random numbers."""
-    with randomness.seeded(0, "a look at transforms"):
-        for index in range(min(LOOKED_AT, len(source))):
-            before = _generators()
-            try:
-                source.read(index)
-            except DataError:  # told when it is read for training
-                continue
-            if _generators() != before:
-                return True
-    return False
-
-
-def _generators() -> tuple[Any, ...]:
-    """Return the states of all generators that data may draw from."""
-    name, keys, *rest = numpy.random.get_state()
-    return (
-        torch.random.get_rng_state().numpy().tobytes(),
-        random.getstate(),
-        (name, numpy.asarray(keys).tobytes(), *rest),
-    )
 
 
 def absent_teachers(
@@ -258,36 +186,6 @@ def views_used(stage: Stage) -> set[int]:
         return set(range(data.views))
     turns = -(-stage.epochs // data.views_at_once)
     return {n % data.views for n in range(turns * data.views_at_once)}
-
-
-def measured_key(run: SeedRun, stage: Stage) -> str:
-    """Return a hash over what a teacher is measured on."""
-    experiment = run.builder.experiment
-    looked_at: list[Any] = [[m.component.type, dict(m.component.params)] for m in stage.metrics]
-    looked_at.append(code_of(run.metrics(stage.metrics, stage.teachers).values()))
-    for name in stage.data.validate:
-        source = run.sources[name]
-        some = numpy.linspace(0, len(source) - 1, min(MEASURED_ON, len(source))).astype(int)
-        seen = [_seen(source, index) for index in some.tolist()]
-        looked_at.append([_described(experiment.datasets[name]), len(source), seen])
-        looked_at.append(code_of(made_by(source)))
-    looked_at += [stage.precision, stage.data.validate]
-    return hashlib.sha256(json.dumps(looked_at, default=str).encode()).hexdigest()[:20]
-
-
-def _seen(source: Source, index: int) -> int:
-    with randomness.seeded(0, "a look at data", index):
-        try:
-            sample = source.read(index)
-            return fingerprint((sample.input, sample.target))
-        except DataError:
-            return 0
-
-
-def _described(dataset: Dataset) -> list[Any]:
-    components: list[Component | None] = [dataset.component, *dataset.wrappers, dataset.collate]
-    components += [*dataset.joint_transforms, *dataset.transforms]
-    return [None if c is None else [c.type, dict(c.params)] for c in components]
 
 
 def with_first_rows(batch: Batch, opened: Mapping[str, Outputs], device: torch.device) -> Batch:
@@ -402,12 +300,3 @@ def _looked_up(
         if pins:
             found = map_tensors(lambda tensor: tensor.pin_memory(), found)
         yield replace(batch, stored=found)
-
-
-def take_measured(
-    run: SeedRun, stage: Stage, stores: Mapping[str, TeacherStore]
-) -> dict[str, Numbers]:
-    """Return what absent teachers were measured as before."""
-    key = measured_key(run, stage) if stores else ""
-    found = {role: store.measured(key) for role, store in stores.items()}
-    return {role: numbers for role, numbers in found.items() if numbers is not None}

@@ -35,10 +35,7 @@ from distill.training.schedule import ScheduleError
 from distill.training.seed_run import SeedRun
 from distill.training.spread import Spread
 from distill.training.stage_events import StageEvents, count_parameters
-from distill.training.stored_stage import (
-    fingerprints_wanted,
-    with_stored,
-)
+from distill.training.stored_stage import fingerprints_wanted, with_stored
 from distill.training.traceless import keeps_its_own
 
 SINGLE = "more than 1 value per channel"
