@@ -9,12 +9,8 @@ from distill import ConfigError, check
 from distill.config.experiment import Clip, Component
 from distill.testing import toy_experiment, toy_registry
 from distill.training.build import Builder
-from distill.training.optimizer import (
-    SMALLEST_SCALE,
-    Optimization,
-    build_optimization,
-    fused,
-)
+from distill.training.non_finite import SMALLEST_SCALE
+from distill.training.optimizer import Optimization, build_optimization, fused
 
 CPU = torch.device("cpu")
 PLATEAU = {"type": "ReduceLROnPlateau", "params": {"mode": "max", "factor": 0.1, "patience": 0}}
@@ -268,3 +264,26 @@ def test_an_optimizer_without_a_fused_form_stays(tmp_path):
     builder = Builder(toy_experiment(tmp_path, {}), toy_registry())
     component = Component("Rprop", {"lr": 0.1}, ())
     assert fused(builder, component) is component
+
+
+@pytest.mark.parametrize(
+    ("device", "type_", "precision", "defers", "leaves_out"),
+    [
+        ("cpu", "SGD", "fp32", False, False),
+        ("cuda", "SGD", "fp32", True, True),
+        ("cuda", "Rprop", "fp32", True, False),
+        ("cuda", "SGD", "fp16", True, True),
+        ("cuda", "Rprop", "fp16", False, False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
+def test_on_a_gpu_nobody_waits_but_a_scaler_whose_optimizer_is_not_fused(
+    tmp_path, device, type_, precision, defers, leaves_out
+):
+    optimizer = {"type": type_, "params": {"lr": 0.1}}
+    described = toy_experiment(tmp_path, {"optimizer": optimizer, "precision": precision})
+    builder = Builder(described, toy_registry())
+    optimization = build_optimization(
+        builder, described.stages[0], {"student": Two()}, torch.device(device)
+    )
+    assert (optimization.defers, optimization.leaves_out) == (defers, leaves_out)

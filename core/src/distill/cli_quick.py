@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from distill.without_dynamo import without_dynamo
 def quick() -> Iterator[None]:
     """Import what a command needs, and do its work, in less time; a decorator too.
 
-    Collections find next to nothing while modules are imported, and look through all of torch.
+    Collections find next to nothing while modules are imported, and look through all of torch; so
+    do those of a process that ends.
     """
+    atexit.register(gc.freeze)
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -122,7 +122,8 @@ class Loop:
                 it took that are no training.
 
         Raises:
-            NonFinite: if a gradient is not finite; the weights are then as before the step.
+            NonFinite: if a gradient is not finite; the weights are then as before the step, unless
+                it is noticed late.
             NumericalError: if a mean loss is not finite though its gradients are.
         """
         self.module.train()
@@ -214,13 +215,15 @@ class Loop:
             assert self.optimization.verdict is not None
             self.verdicts.add(step + 1, seen, self.optimization.verdict)
             return True
-        is_overflow = outcome == "overflow" and losses_are_finite(seen, self.device)
+        is_overflow = outcome == "overflow" and losses_are_finite(seen)
         if outcome != "followed" and not is_overflow:
             raise NonFinite(step + 1, list(seen))
         return outcome == "followed"
 
     def _read(self, meter: Meter, totals: _Totals, step: int) -> tuple[dict[str, float], float]:
         self.verdicts.settle()
+        totals.overflows += self.verdicts.overflows
+        self.verdicts.overflows = 0
         losses, samples = meter.read()
         for name, loss in losses.items():
             if not math.isfinite(loss):

@@ -21,6 +21,8 @@ from distill.training import sharding
 MOST_SAMPLES_SHOWN = 16
 LAG = 2
 """Steps that a device may be behind before anybody waits for what it found."""
+SMALLEST_SCALE = 2.0**-10
+"""A gradient that overflows fp16 though the loss is scaled down so far is no overflow."""
 
 
 @dataclass(slots=True)
@@ -49,21 +51,30 @@ class Verdicts:
     """What the device found of gradients, read so much later that nobody waits for it.
 
     Every process reads at the same steps, so that all of them end at the same one.
+
+    Attributes:
+        overflows: steps whose gradient overflowed fp16, of those that have been judged.
     """
 
     def __init__(self) -> None:
+        self.overflows = 0
         self._open: deque[tuple[int, list[Seen], torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, step: int, seen: Sequence[Seen], found: torch.Tensor) -> None:
         """Note what will be found of a step, and judge the one that is some steps old.
 
+        Args:
+            step: counted from 1.
+            seen: its batches.
+            found: on the device, above 0 if the gradient is not finite, and the loss's scale, (2).
+
         Raises:
-            NonFinite: if the gradient of that one was not finite.
+            NonFinite: if the gradient of the older one was not finite and that is no overflow.
         """
         kept = [Seen({n: v.detach() for n, v in b.losses.items()}, b.index, b.counts) for b in seen]
         event = None
         if found.device.type == "cuda":
-            host = torch.empty((), pin_memory=True)
+            host = torch.empty(2, pin_memory=True)
             found, event = host.copy_(found, non_blocking=True), torch.cuda.Event()
             event.record()
         self._open.append((step, kept, found, event))
@@ -74,7 +85,7 @@ class Verdicts:
         """Judge all steps so far.
 
         Raises:
-            NonFinite: if the gradient of one was not finite.
+            NonFinite: if the gradient of one was not finite and that is no overflow.
         """
         while self._open:
             self._judge()
@@ -83,12 +94,22 @@ class Verdicts:
         step, seen, found, event = self._open.popleft()
         if event is not None:
             event.synchronize()
-        if found.item():
+        is_bad, scale = found.tolist()
+        if not is_bad:
+            return
+        if not is_overflow(scale) or not losses_are_finite(seen):
             raise NonFinite(step, seen, late=True)
+        self.overflows += 1
 
 
-def losses_are_finite(seen: Sequence[Seen], device: torch.device) -> bool:
+def is_overflow(scale: float) -> bool:
+    """Whether a gradient that is not finite may be due to the loss's scale, 0 without a scaler."""
+    return scale >= SMALLEST_SCALE
+
+
+def losses_are_finite(seen: Sequence[Seen]) -> bool:
     """Whether every loss of a step is finite on every process."""
+    device = seen[0].losses[TOTAL].device
     bad = sum(1 for batch in seen if not math.isfinite(batch.losses[TOTAL].item()))
     return bool(distributed.sum_over_ranks(torch.tensor([float(bad)]), device).item() == 0)
 
@@ -111,13 +132,15 @@ def explanation(
     lines = [_line(rank, finding) for rank, finding in culprits]
     if not lines:
         lines = [UNKNOWN if error.late else _gradient_line(trained)]
+    before = LATE if error.late else IN_TIME
     return NumericalError(
-        f"stage '{stage}', step {error.step}: {'; '.join(lines)}. This step was not followed, and "
-        "the last checkpoint is from before. If the data is right, a lower "
-        "learning rate, clip.norm or precision: fp32 may help"
+        f"stage '{stage}', step {error.step}: {'; '.join(lines)}. {before} If the data is "
+        "right, a lower learning rate, clip.norm or precision: fp32 may help"
     )
 
 
+LATE = "The last checkpoint is from before."
+IN_TIME = "This step was not followed, and the last checkpoint is from before."
 UNKNOWN = "every term is finite, a gradient or the norm that clip.norm needs is not"
 """What can be said once the gradients of the step are gone."""
 

@@ -17,6 +17,7 @@ from distill.model.criterion import TOTAL, Criterion
 from distill.training import sharding
 from distill.training.build import Builder
 from distill.training.metrics import is_higher_better
+from distill.training.non_finite import is_overflow
 from distill.training.parameter_groups import parameter_groups
 from distill.training.schedule import Schedule, watches
 from distill.training.split_gradients import Split, terms_apart
@@ -24,8 +25,6 @@ from distill.training.split_gradients import Split, terms_apart
 Outcome = Literal["followed", "deferred", "overflow", "not finite"]
 FORMS = {"fused", "foreach", "capturable"}
 """What an optimizer says of how it computes."""
-SMALLEST_SCALE = 2.0**-10
-"""A gradient that overflows fp16 though the loss is scaled down so far is no overflow."""
 
 
 @dataclass
@@ -39,10 +38,12 @@ class Optimization:
             taken apart, of the norm of the sum of both, which are then scaled alike; or of each
             element of either.
         split: what takes some terms' gradient apart, for an optimizer that wants it so.
-        defers: whether the device itself leaves a step out whose gradient is not finite, so that
-            nobody waits for it to tell; needs an optimizer that is fused.
-        verdict: of the last step that was deferred, above 0 if it was left out.
+        defers: whether nobody waits for the device to tell if a gradient is finite.
+        leaves_out: whether the optimizer by itself leaves out a step whose gradient is not.
+        verdict: of the last step that was deferred: above 0 if its gradient was not finite, and the
+            scale of the loss behind it, 0 without a scaler.
         parameters: everything that is trained.
+        device: theirs.
     """
 
     optimizer: torch.optim.Optimizer
@@ -51,6 +52,7 @@ class Optimization:
     clip: Clip = field(default_factory=Clip)
     split: Split | None = None
     defers: bool = False
+    leaves_out: bool = False
     verdict: torch.Tensor | None = field(default=None, init=False, repr=False)
     _is_done: bool = field(default=True, init=False, repr=False)
 
@@ -87,43 +89,64 @@ class Optimization:
             return self._deferred()
         scaler = self.scaler
         if self.split is not None:
-            self.split.finish(scaler)
+            self.split.hand_over()
+            self.split.unscale(scaler)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         is_finite = sharding.all_finite(self._gradients())
-        is_bounded = self.clip.norm is not None or self.clip.value is not None
-        if is_finite and is_bounded and not self._clip():
-            return "not finite"
+        if is_finite and self.clip.norm is not None:
+            norm = self._norm()
+            if not math.isfinite(norm.item()):
+                return "not finite"
+            self._clip_norm(norm)
+        if is_finite:
+            self._clip_values()
         if scaler is not None:
             scaler.step(self.optimizer)  # which leaves it out after an overflow
             scaler.update()
         elif is_finite:
             self.optimizer.step()
-        if not is_finite and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
+        if not is_finite and not is_overflow(0.0 if scaler is None else scaler.get_scale()):
             return "not finite"
         self._is_done = True
         return "followed" if is_finite else "overflow"
 
     def _deferred(self) -> Outcome:
-        """Let the device follow the gradient unless it is not finite."""
-        found = sharding.not_finite(self._gradients())
+        """Follow the gradient without waiting for the device to say whether it is finite.
+
+        A fused optimizer leaves it out by itself if it is not. Others follow it all the same, and
+        what they spoil is thrown away with the run, which ends as soon as the verdict is read.
+        """
+        if self.split is not None:
+            self.split.hand_over()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        found = sharding.not_finite_anywhere([*self._gradients(), *self._apart()], self.device)
         if self.clip.norm is not None:
-            norm = get_total_norm(self._gradients())
-            found = found + ~norm.isfinite()
-            clip_grads_with_norm_(self.parameters, self.clip.norm, norm)
-        if self.clip.value is not None:
-            clip_grad_value_(self.parameters, self.clip.value)
-        # What GradScaler tells fused optimizers in the same way.
-        self.optimizer.found_inf = found  # type: ignore[attr-defined]
-        self.optimizer.step()
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
-        self.verdict, self._is_done = found, True
+            norm = self._norm()
+            found = torch.maximum(found, (~norm.isfinite()).to(found))
+            self._clip_norm(norm)
+        self._clip_values()
+        scale = torch.zeros_like(found)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            scale = self.scaler.scale(torch.ones_like(found))
+        elif self.leaves_out:
+            # What GradScaler tells fused optimizers in the same way, who look for exactly 1.
+            self.optimizer.found_inf = found  # type: ignore[attr-defined]
+            self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        else:
+            self.optimizer.step()
+        self.verdict, self._is_done = torch.stack([found, scale]), True
         return "deferred"
 
     def __post_init__(self) -> None:
         self.parameters: list[nn.Parameter] = [
             p for group in self.optimizer.param_groups for p in group["params"]
         ]
+        self.device = self.parameters[0].device
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -163,23 +186,28 @@ class Optimization:
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def _clip(self) -> bool:
-        """Bound the gradient; return whether that can be done, its norm being finite too."""
+    def _apart(self) -> list[torch.Tensor]:
+        return list(self.split.gradients.values()) if self.split is not None else []
+
+    def _norm(self) -> torch.Tensor:
+        """Return the norm of the gradient, of the sum of both where some is taken apart."""
+        gradients = self._gradients() if self.split is None else list(self.split.both())
+        norm: torch.Tensor = sharding.whole(get_total_norm(gradients))
+        return norm
+
+    def _clip_norm(self, norm: torch.Tensor) -> None:
+        assert self.clip.norm is not None
         parameters = [p for p in self.parameters if p.grad is not None]
-        apart = list(self.split.gradients.values()) if self.split is not None else []
-        if self.clip.norm is not None:
-            gradients = self._gradients() if self.split is None else list(self.split.both())
-            norm = sharding.whole(get_total_norm(gradients))
-            if not math.isfinite(norm.item()):
-                return False
-            clip_grads_with_norm_(parameters, self.clip.norm, norm)
-            if apart:  # by the same factor
-                torch._foreach_mul_(apart, min(1.0, self.clip.norm / (norm.item() + 1e-6)))
-        if self.clip.value is not None:
-            clip_grad_value_(parameters, self.clip.value)
-            for gradient in apart:
-                gradient.clamp_(-self.clip.value, self.clip.value)
-        return True
+        clip_grads_with_norm_(parameters, self.clip.norm, norm)
+        if apart := self._apart():  # by the same factor
+            torch._foreach_mul_(apart, (self.clip.norm / (norm + 1e-6)).clamp(max=1.0))
+
+    def _clip_values(self) -> None:
+        if self.clip.value is None:
+            return
+        clip_grad_value_(self.parameters, self.clip.value)
+        for gradient in self._apart():
+            gradient.clamp_(-self.clip.value, self.clip.value)
 
 
 def build_optimization(
@@ -216,8 +244,10 @@ def build_optimization(
     terms = terms_apart(builder, stage, optimizer)
     if terms and criterion is not None:
         optimization.split = Split(optimizer, criterion, terms, optimization.parameters)
-    waits = scaler is not None or optimization.split is not None or sharding.is_sharded(stage)
-    optimization.defers = device.type == "cuda" and is_fused(optimizer) and not waits
+    optimization.leaves_out = is_fused(optimizer) and not sharding.is_sharded(stage)
+    # Without a fused optimizer a scaler itself waits, to leave a step out.
+    waits = scaler is not None and not optimization.leaves_out
+    optimization.defers = device.type == "cuda" and not waits
     return optimization
 
 

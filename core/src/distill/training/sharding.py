@@ -40,27 +40,22 @@ def parted(state: dict[str, Any], parameters: Sequence[torch.Tensor]) -> dict[st
 
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether every element is finite, on all processes.
+    """Whether every element is finite, on all processes, which wait for their device to tell."""
+    return not tensors or not_finite_anywhere(tensors, tensors[0].device).item() == 0
+
+
+def not_finite_anywhere(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return a scalar on the device, 1 if an element is not finite on any process, else 0.
 
     Weights, and gradients that DDP has averaged, are alike everywhere: each process finds the same
     for itself. Of parted ones each looks at its own, and all are asked.
     """
-    if not tensors:
-        return True
-    are_parted = is_parted(tensors[0])  # all are, or none
-    found = not_finite([local_part(tensor) for tensor in tensors] if are_parted else tensors)
-    if are_parted:
-        dist.all_reduce(found)
-    return found.item() == 0
-
-
-def not_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a scalar on the device of some tensors, above 0 if an element is not finite."""
-    device = tensors[0].device
     found = torch.zeros((), device=device, dtype=torch.float32)
-    for same in _by_type(tensors):
+    for same in _by_type([local_part(tensor) for tensor in tensors]):
         # What GradScaler looks for overflows with: a single pass, which multiplies by 1 here.
         torch._amp_foreach_non_finite_check_and_unscale_(same, found, _one(device))
+    if tensors and is_parted(tensors[0]):  # all are, or none
+        dist.all_reduce(found, dist.ReduceOp.MAX)
     return found
 
 

@@ -85,22 +85,25 @@ class Split:
             else:
                 self._found[parameter] = gradient.clone()  # which two parameters may share
 
-    def finish(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Average over processes, and hand the gradients over; to be called on all of them.
-
-        One that is not finite is added to ``parameter.grad``, where it is looked for.
-        """
+    def hand_over(self) -> None:
+        """Average over processes, and hand the gradients over; to be called on all of them."""
         if distributed.world_size() > 1:
             self._average()
         for number in self._only_apart or ():
             self._parameters[number].grad = None
+        self._optimizer.gradients_apart = self._found  # type: ignore[attr-defined]
+
+    def unscale(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Free what was handed over of the loss's scale.
+
+        A gradient that is not finite is added to ``parameter.grad``, where it is looked for.
+        """
         if not sharding.all_finite(list(self._found.values())):
             for parameter, gradient in self._found.items():
                 given = parameter.grad
                 parameter.grad = gradient if given is None else given + gradient
         elif scaler is not None and self._found:
             torch._foreach_mul_(list(self._found.values()), 1.0 / scaler.get_scale())
-        self._optimizer.gradients_apart = self._found  # type: ignore[attr-defined]
 
     def both(self) -> Iterator[torch.Tensor]:
         """Yield the sum of both gradients of each parameter that has one."""

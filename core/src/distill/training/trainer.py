@@ -229,6 +229,7 @@ class _Training:
             if not every or step % every or step == self.stage.epochs * self.plan.steps:
                 return None
             started = monotonic()
+            self.loop.verdicts.settle()
             self._share_state()
             is_best = self._validate(epoch)
             self.events.evaluation(epoch, step, self.validation, is_best)

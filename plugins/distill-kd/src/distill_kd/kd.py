@@ -177,12 +177,12 @@ class KDLoss(RowLoss):
             )
         masked = None if mask is None else mask.reshape(-1).bool()
         matched = rows if self.ignore_soft else replace(rows, counted=masked)
-        losses = self.losses_of(matched)
-        soft = matched.total(losses[:, 0]) * (self.beta * self.temperature**2)
+        of_teacher, *of_labels = self.losses_of(matched).unbind(1)
+        soft = matched.total(of_teacher) * (self.beta * self.temperature**2)
         soft = soft / self._soft_count(student, matched)
-        if losses.shape[1] == 1:
+        if not of_labels:
             return soft
-        hard = rows.total(losses[:, 1]) * self.alpha
+        hard = rows.total(of_labels[0]) * self.alpha
         return soft + (hard if self.reduction == "sum" else hard / rows.count())
 
     def row_losses(self, rows: Rows) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from distill.parameters import Parametrized, check_choice, check_positive
 
@@ -149,7 +150,7 @@ class LogitLoss(Parametrized):
         """
         check_same_shape(self, student, teacher)
         dim = self._classes_in(student)
-        positions = student.movedim(dim, -1).shape[:-1]
+        positions = torch.Size((*student.shape[:dim], *student.shape[dim + 1 :]))
         labels = soft = counted = None
         if mask is not None:
             counted = _positions(self, "mask", mask, positions).bool()
@@ -295,6 +296,8 @@ def check_same_shape(owner: object, student: Tensor, teacher: Tensor) -> None:
 
 def class_rows(logits: Tensor, dim: int) -> Tensor:
     """Return logits as rows (N, K), with the classes of dimension ``dim``."""
+    if logits.dim() == 2 and dim == 1:  # as nearly always, without the price of views
+        return logits
     return logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
 
 
@@ -328,7 +331,7 @@ def divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
 def cross_entropy_of(log_student: Tensor, rows: Rows, smoothing: float = 0.0) -> Tensor:
     """Return the cross entropy of log probabilities (N, K) with labels hard or soft, (N)."""
     if rows.labels is not None:
-        found = -log_student.gather(1, rows.labels[:, None])[:, 0]
+        found = F.nll_loss(log_student, rows.labels, reduction="none")
     else:
         found = -(rows.probabilities(log_student.dtype) * log_student).sum(1)
     if smoothing == 0:
