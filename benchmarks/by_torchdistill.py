@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from torch import nn
 
 from distill.data.batch import Batch
+
+REGRESSOR = "regressor"
+"""What torchdistill puts behind the student's layers, in FitNet's first stage."""
 
 
 def is_installed() -> bool:
@@ -25,6 +29,8 @@ def by_torchdistill(
     temperature: float,
     alpha: float,
     hooked: Sequence[str] = (),
+    *,
+    reduced: bool = False,
 ) -> Callable[[list[Batch]], None]:
     """Return a function that trains on batches as torchdistill's examples do.
 
@@ -35,33 +41,91 @@ def by_torchdistill(
         temperature: of KD.
         alpha: the labels' part in KD.
         hooked: layers of both that are compared by their mean squares too.
+        reduced: whether the script has bf16 autocast around the box's forward, which the losses
+            are a part of; torchdistill itself has no setting for it.
     """
-    from torchdistill.core.distillation import DistillationBox
-
-    logging.getLogger("torchdistill").setLevel(logging.ERROR)
-    taps: dict[str, Any] = {"input": [], "output": list(hooked)}
-    model = {"forward_proc": "forward_batch_only", "forward_hook": taps}
-    terms = {"kd": _kd(temperature, alpha), **{layer: _hint(layer) for layer in hooked}}
+    terms = {"kd": _kd(temperature, alpha)}
+    terms |= {layer: _squares(layer, layer) for layer in hooked}
+    model = {**_hooks(hooked), "sequential": []}
     config = {
         "num_epochs": 1,
-        "teacher": {**model, "sequential": [], "requires_grad": False},
-        "student": {**model, "sequential": [], "requires_grad": True},
+        "teacher": {**model, "requires_grad": False},
+        "student": {**model, "requires_grad": True},
         "optimizer": {"key": "SGD", "kwargs": {"lr": 1e-3, "momentum": 0.9}},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
     }
-    box = DistillationBox(teacher, student, {}, config, device, None, False, 1)
+    return _trained(_box(teacher, student, config, device), device, reduced=reduced)
+
+
+def hints_by_torchdistill(
+    teacher: nn.Module,
+    student: nn.Module,
+    front: Sequence[str],
+    regressor: Sequence[int],
+    device: torch.device,
+) -> Callable[[list[Batch]], None]:
+    """Return a function that trains FitNet's first stage, both models cut by torchdistill.
+
+    Args:
+        teacher: frozen.
+        student: trained by Adam, with the regressor.
+        front: modules of both, one behind the other; those behind the last are cut off.
+        regressor: channels that a 1x1 convolution from the student's last of these takes and gives.
+        device: where both are.
+    """
+    inputs, outputs = regressor
+    convolution = {"in_channels": inputs, "out_channels": outputs, "kernel_size": 1}
+    added, layer = f"+{REGRESSOR}", front[-1]
+    config = {
+        "num_epochs": 1,
+        "teacher": {**_hooks([layer]), "sequential": list(front), "requires_grad": False},
+        "student": {
+            **_hooks([added]),
+            "adaptations": {REGRESSOR: {"key": "Conv2d", "kwargs": convolution}},
+            "sequential": [*front, added],
+            "requires_grad": True,
+        },
+        "optimizer": {"key": "Adam", "kwargs": {"lr": 1e-3}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {"sub_terms": {"hint": _squares(added, layer)}},
+        },
+    }
+    return _trained(_box(teacher, student, config, device), device)
+
+
+def _box(
+    teacher: nn.Module, student: nn.Module, config: dict[str, Any], device: torch.device
+) -> Any:
+    from torchdistill.core.distillation import DistillationBox
+
+    logging.getLogger("torchdistill").setLevel(logging.ERROR)
+    return DistillationBox(teacher, student, {}, config, device, None, False, 1)
+
+
+def _trained(
+    box: Any, device: torch.device, *, reduced: bool = False
+) -> Callable[[list[Batch]], None]:
     box.teacher_model.eval()
+    autocast = torch.autocast(device.type, torch.bfloat16) if reduced else nullcontext()
 
     def train(batches: list[Batch]) -> None:
         box.student_model.train()
         for batch in batches:
-            inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-            loss = box.forward_process(inputs, targets, {})
+            inputs = batch.inputs.to(device)
+            targets = None if batch.targets is None else batch.targets.to(device)
+            with autocast:
+                loss = box.forward_process(inputs, targets, {})
             box.post_forward_process(loss)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     return train
+
+
+def _hooks(outputs: Sequence[str]) -> dict[str, Any]:
+    hooks: dict[str, Any] = {"input": [], "output": list(outputs)}
+    return {"forward_proc": "forward_batch_only", "forward_hook": hooks}
 
 
 def _kd(temperature: float, alpha: float) -> dict[str, Any]:
@@ -71,10 +135,10 @@ def _kd(temperature: float, alpha: float) -> dict[str, Any]:
     return {"criterion": {"key": "KDLoss", "kwargs": params}, "weight": 1.0}
 
 
-def _hint(layer: str) -> dict[str, Any]:
+def _squares(student: str, teacher: str) -> dict[str, Any]:
     params: dict[str, Any] = {
-        "input": {"io": "output", "module_path": layer, "is_from_teacher": False},
-        "target": {"io": "output", "module_path": layer, "is_from_teacher": True},
+        "input": {"io": "output", "module_path": student, "is_from_teacher": False},
+        "target": {"io": "output", "module_path": teacher, "is_from_teacher": True},
     }
     return {
         "criterion": {"key": "MSELoss", "kwargs": {}},

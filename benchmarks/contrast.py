@@ -1,17 +1,25 @@
 """What CRD costs: its loss beside torchdistill's, and a step of training beside one of KD.
 
-Both losses get the same embeddings, banks and negatives; sides take turns, so that whatever slows
-the machine slows all. Printed are medians of forward and backward, and ratios. The floor is what it
-takes to move as many bytes as the rows of all negatives have, at the measured speed of a copy.
+``losses``: forward and backward with each kind of bank, beside torchdistill's where it is installed
+(pip install torchdistill), on the same embeddings and as many negatives. Measured in processes that
+keep the pages of large temporaries and in others that get fresh ones, several of each by turns;
+printed are the lowest and the highest of the medians that these find, and of the ratios. The floor
+is what it takes to move as many bytes as the rows of all negatives have, at the speed of a copy.
 
-torchdistill is compared with where it is installed (pip install torchdistill).
+``sizes``: set-up and loss for more samples. ``steps``: a step with KD, and with CRD in its place.
+
+The sides of a measurement take turns, so that whatever slows the machine slows all.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,8 +28,9 @@ from typing import Any
 
 import psutil
 import torch
+from by_torchdistill import is_installed
 from engine import by_distill
-from malloc_pages import add_pages_option, start_again_if_kept
+from malloc_pages import KEPT_PAGES, add_pages_option, start_again_if_kept
 from timing import Work, taking_turns
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,12 +40,16 @@ from distill_crd import CRDLoss
 
 NEGATIVES, WIDTH, CLASSES = 16384, 128, 100
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "float32 banks": {},
-    "bfloat16 banks": {"bank_dtype": torch.bfloat16},
+    "float32": {},
+    "bfloat16": {"bank_dtype": torch.bfloat16},
     "shared negatives": {"shared_negatives": True},
     "queue of 16,384": {"queue": NEGATIVES},
 }
 SIZES = (50_000, 200_000, 400_000, 1_281_167)
+THEIRS, FLOOR = "torchdistill", "floor"
+PAGES = ("kept", "fresh")
+Seconds = Mapping[str, float]
+"""By bank, of torchdistill's loss where it is installed, and of the floor."""
 
 
 class Labels:
@@ -115,29 +128,69 @@ def floor(batch: int, device: torch.device, width: int = 4) -> float:
     return 2 * batch * (NEGATIVES + 1) * WIDTH * width / speed
 
 
-def compare_losses(batch: int, turns: int, device: torch.device) -> None:
-    """Print what the loss costs with each option, beside torchdistill's and the floor."""
+def measure_losses(batch: int, turns: int, device: torch.device) -> Seconds:
+    """Measure all losses and the floor in this process."""
     size = SIZES[0]
     names, tasks = list(OPTIONS), [ours(size, batch, device, **o) for o in OPTIONS.values()]
-    try:
+    if is_installed():
         tasks.append(reference(size, batch, device))
-        names.append("torchdistill")
-    except ImportError:
-        print("torchdistill is not installed, and not compared with")
+        names.append(THEIRS)
     seconds = dict(zip(names, taking_turns(tasks, turns, device), strict=True))
-    least = floor(batch, device)
-    print(f"\n{size:,} samples, batch of {batch}; floor {least * 1e3:.1f} ms\n")
-    print("| loss | time | of torchdistill's | to the floor |")
-    print("| ---- | ---: | ----------------: | -----------: |")
-    for name, time in seconds.items():
-        whole = seconds.get("torchdistill")
-        part = f"1/{whole / time:.1f}" if whole else ""
-        print(f"| {name} | {time * 1e3:.1f} ms | {part} | {time / least:.2f} |")
+    return {**seconds, FLOOR: floor(batch, device)}
 
 
-def compare_sizes(batch: int, turns: int, device: torch.device) -> None:
+def losses_apart(pages: str, options: argparse.Namespace) -> Seconds:
+    """Return what ``measure_losses`` finds in a process of its own."""
+    others = {name: value for name, value in os.environ.items() if name not in KEPT_PAGES}
+    command = [sys.executable, __file__, "--measure", "--turns", str(options.turns)]
+    command += ["--batch-size", str(options.batch_size), "--device", options.device]
+    done = subprocess.run(
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**others, **(KEPT_PAGES if pages == "kept" else {})},
+    )
+    found: Seconds = json.loads(done.stdout)
+    return found
+
+
+def compare_losses(options: argparse.Namespace) -> None:
+    """Print what the loss costs with each kind of bank, beside torchdistill's."""
+    found: dict[str, list[Seconds]] = {pages: [] for pages in PAGES}
+    for _ in range(options.runs):
+        for pages, runs in found.items():
+            runs.append(losses_apart(pages, options))
+    print("| banks | pages kept | of torchdistill's | fresh pages | of torchdistill's |")
+    print("| ----- | ---------: | ----------------: | ----------: | ----------------: |")
+    for bank in OPTIONS:
+        cells = [cell for runs in found.values() for cell in _cells(bank, runs)]
+        print(f"| {bank} | {' | '.join(cells)} |")
+    least = _span([run[FLOOR] * 1e3 for runs in found.values() for run in runs], "", 1)
+    print(
+        f"\n{SIZES[0]:,} samples, batches of {options.batch_size}; each span is of {options.runs} "
+        f"processes. To move as many bytes as all negatives have takes {least} ms."
+    )
+
+
+def _cells(bank: str, runs: Sequence[Seconds]) -> tuple[str, str]:
+    """Return the time of a loss, and what part of torchdistill's it is."""
+    time = f"{_span([run[bank] * 1e3 for run in runs])} ms"
+    if THEIRS not in runs[0]:
+        return time, ""
+    return time, _span([run[THEIRS] / run[bank] for run in runs], "1/", 1)
+
+
+def _span(values: Sequence[float], before: str = "", digits: int = 0) -> str:
+    """Return the lowest and the highest value, or one where both look the same."""
+    low, high = (f"{before}{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def compare_sizes(options: argparse.Namespace) -> None:
     """Print what the loss and its set-up cost for more samples."""
-    print("\n| samples | set-up | beyond the banks | loss | of it drawing |")
+    batch, turns, device = options.batch_size, options.turns, torch.device(options.device)
+    print("| samples | set-up | beyond the banks | loss | of it drawing |")
     print("| ------: | -----: | ---------------: | ---: | ------------: |")
     student, teacher = _sides(batch, device)
     for size in SIZES:
@@ -153,14 +206,15 @@ def compare_sizes(batch: int, turns: int, device: torch.device) -> None:
         tasks: list[Work] = [partial(there_and_back, loss, student, teacher, index), drawn]
         whole, drawing = taking_turns(tasks, turns, device)
         print(
-            f"| {size:,} | {taken:.2f} s | {beyond / 1e6:,.0f} MB | {whole * 1e3:.1f} ms "
-            f"| {drawing * 1e3:.1f} ms |",
+            f"| {size:,} | {taken:.2f} s | {beyond / 1e6:,.0f} MB | {whole * 1e3:.0f} ms "
+            f"| {drawing * 1e3:.0f} ms |",
             flush=True,
         )
 
 
-def compare_steps(batch: int, turns: int, device: torch.device) -> None:
+def compare_steps(options: argparse.Namespace) -> None:
     """Print what a step costs with KD, and with CRD in its place."""
+    batch, turns, device = options.batch_size, options.turns, torch.device(options.device)
     images = torch.randn(batch, 3, 32, 32)
     targets = torch.randint(CLASSES, (batch,))
     embeddings = {
@@ -172,8 +226,8 @@ def compare_steps(batch: int, turns: int, device: torch.device) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         trains = [by_distill(_experiment(device, {"kd": kd}, {}), folder, stack, DATA)]
-        for options in OPTIONS.values():
-            crd = {"type": "CRDLoss", "params": written(options), "inputs": wires, "weight": 0.8}
+        for bank in OPTIONS.values():
+            crd = {"type": "CRDLoss", "params": written(bank), "inputs": wires, "weight": 0.8}
             terms = {"ce": {"type": "CrossEntropyLoss"}, "crd": crd}
             trains.append(by_distill(_experiment(device, terms, embeddings), folder, stack, DATA))
 
@@ -182,7 +236,7 @@ def compare_steps(batch: int, turns: int, device: torch.device) -> None:
 
         tasks = [partial(step, train) for train in trains]
         plain, *others = taking_turns(tasks, turns, device)
-    print(f"\nA step of ResNet-32x4 to ResNet-8x4, batch of {batch}\n")
+    print(f"A step of ResNet-32x4 to ResNet-8x4, batch of {batch}\n")
     print("| criterion | step | of KD's |")
     print("| --------- | ---: | ------: |")
     print(f"| KD | {plain * 1e3:.1f} ms | 1 |")
@@ -214,6 +268,13 @@ def _experiment(
     }
 
 
+PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "losses": compare_losses,
+    "sizes": compare_sizes,
+    "steps": compare_steps,
+}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -221,13 +282,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     add_pages_option(parser)
-    parser.add_argument("--only", choices=["losses", "sizes", "steps"])
+    parser.add_argument("--runs", type=int, default=3, help="processes of each kind, for losses")
+    parser.add_argument("--only", choices=list(PARTS))
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.measure:
+        device = torch.device(options.device)
+        print(json.dumps(measure_losses(options.batch_size, options.turns, device)))
+        return
     start_again_if_kept(options.pages)
-    parts = {"losses": compare_losses, "steps": compare_steps, "sizes": compare_sizes}
-    for name, measure in parts.items():
+    for name, measure in PARTS.items():
         if options.only in (None, name):
-            measure(options.batch_size, options.turns, torch.device(options.device))
+            measure(options)
+            print()
 
 
 if __name__ == "__main__":

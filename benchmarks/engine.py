@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from distill.training.loop import Loop
 from distill.training.prepared import prepare
 from distill.training.ready import make_ready
 from distill.training.seed_run import SeedRun
+from distill.training.stored_stage import with_stored
 
 Train = Callable[[list[Batch]], None]
 
@@ -47,8 +48,48 @@ def by_distill(
     loop, _, _ = last_loop(run, stack)
 
     def train(batches: list[Batch]) -> None:
-        _train(loop, batches)
+        _train(loop, iter(batches))
 
+    return train
+
+
+def read_ahead(
+    described: Mapping[str, Any],
+    folder: Path,
+    datasets: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> list[Batch]:
+    """Return the batches of an epoch of an experiment's only stage, with their fingerprints."""
+    run = opened(described, folder, datasets)
+    (stage,) = run.builder.experiment.stages
+    source = run.sources[stage.data.train]
+    return list(training_batches(source, run.plan(stage), seed=0, epoch=0, fingerprints="inputs"))
+
+
+def by_distill_stored(
+    described: Mapping[str, Any],
+    folder: Path,
+    stack: ExitStack,
+    batches: list[Batch],
+    datasets: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> Train:
+    """Return the same for a stage that finds outputs of its teachers in a store, for each batch.
+
+    The store is filled before, by an epoch over ``batches`` as ``read_ahead`` gives them.
+    """
+    run = opened(described, folder, datasets)
+    run.builder.stores = folder / "stores"
+    (stage,) = run.builder.experiment.stages
+    ready = make_ready(run, prepare(run, stage, stack), stack)
+    distiller = ready.spread.assembly.distiller
+    assert distiller is not None
+    assert distiller.stores, "the stage stores nothing"
+
+    def train(chosen: list[Batch]) -> None:
+        _train(ready.loop, with_stored(iter(chosen), distiller.stores, 0))
+
+    train(batches)
+    filled = [out.find(batch) for out in distiller.stores.values() for batch in batches]
+    assert all(found.missing is None for found in filled), "a row is still to be computed"
     return train
 
 
@@ -62,7 +103,7 @@ def epochs_by_distill(
     run = opened(described, folder)
     loop, source, plan = last_loop(run, stack)
     batches = list(training_batches(source, plan, seed=0, epoch=0))
-    return lambda: _train(loop, batches), plan.steps
+    return lambda: _train(loop, iter(batches)), plan.steps
 
 
 def last_loop(run: SeedRun, stack: ExitStack) -> tuple[Loop, Source, Plan]:
@@ -100,7 +141,7 @@ def opened(
     return SeedRun(builder, 0, device, folder, lambda *_: None, built, sources)
 
 
-def _train(loop: Loop, batches: list[Batch]) -> None:
-    loop.epoch(iter(batches))
+def _train(loop: Loop, batches: Iterator[Batch]) -> None:
+    loop.epoch(batches)
     if loop.device.type == "cuda":
         torch.cuda.synchronize(loop.device)

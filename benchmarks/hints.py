@@ -1,10 +1,11 @@
 """What hint training costs: FitNet's first stage with whole models, cut by hand, and by default.
 
 A ResNet-18 student learns to give what a deeper ResNet's first stage gives, through a 1x1
-convolution. Four sides train on the same batches in memory, a few steps in turn, so that whatever
+convolution. All sides train on the same batches in memory, a few steps in turn, so that whatever
 slows the machine slows all: distill with whole models, with the models written out as rows of
-modules (``redesign: sequential``), and with its default, which finds by itself where to stop; and a
-hand-written loop over truncated models. Printed are medians of the time of a step, and ratios.
+modules (``redesign: sequential``), and with its default, which finds by itself where to stop; a
+hand-written loop over truncated models; and torchdistill, where it is installed, with its own way
+to cut models. Printed are medians of the time of a step, and ratios.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from time import perf_counter
 
 import torch
 import torchvision
+from by_torchdistill import hints_by_torchdistill, is_installed
 from engine import Train, by_distill
 from torch import nn
 
 from distill.data.batch import Batch
 
 TEACHERS = ("resnet34", "resnet50", "resnet101", "resnet152")
-LAYER = "layer1"
+CPU = torch.device("cpu")
+LAYER, WIDTH = "layer1", 64
 FRONT = ("conv1", "bn1", "relu", "maxpool", LAYER)
 REDESIGNS = ("whole", {"type": "sequential", "params": {"modules": list(FRONT)}}, "needed")
 
@@ -53,7 +56,7 @@ def by_hand(teacher: nn.Module, student: nn.Module, regressor: nn.Module) -> Tra
 def _experiment(teacher: str, redesign: object) -> dict[str, object]:
     noise = {"type": "FakeData", "params": {"size": 8, "image_size": [3, 64, 64]}}
     images = ["ToImage", {"type": "ToDtype", "params": {"dtype": "float32", "scale": True}}]
-    regressor = {"in_channels": 64, "out_channels": _channels(teacher), "kernel_size": 1}
+    regressor = {"in_channels": WIDTH, "out_channels": _channels(teacher), "kernel_size": 1}
     inputs = {"input": "regressor", "target": f"teacher.{LAYER}"}
     return {
         "name": "hints",
@@ -85,18 +88,26 @@ def _channels(teacher: str) -> int:
     return 64 if teacher == "resnet34" else 256
 
 
+def _by_torchdistill(teacher: str) -> Train:
+    deep = torchvision.models.get_model(teacher)  # type: ignore[attr-defined]
+    thin = torchvision.models.resnet18()
+    return hints_by_torchdistill(deep, thin, FRONT, (WIDTH, _channels(teacher)), CPU)
+
+
 def compare(
     teacher: str, batches: list[Batch], folder: Path, *, turns: int, steps: int
 ) -> list[float]:
-    """Return the median seconds of a step: by hand, then by distill for each redesign."""
+    """Return the median seconds of a step: by hand, by distill for each redesign, torchdistill."""
     with ExitStack() as stack:
         torch.manual_seed(0)
         deep = torchvision.models.get_model(teacher)  # type: ignore[attr-defined]
         deep.eval().requires_grad_(False)
-        regressor = nn.Conv2d(64, _channels(teacher), 1)
+        regressor = nn.Conv2d(WIDTH, _channels(teacher), 1)
         sides = [by_hand(deep, torchvision.models.resnet18(), regressor)]
         described = [_experiment(teacher, redesign) for redesign in REDESIGNS]
         sides += [by_distill(experiment, folder, stack) for experiment in described]
+        if is_installed():
+            sides.append(_by_torchdistill(teacher))
         times: list[list[float]] = [[] for _ in sides]
         endless = cycle(batches)
         for turn in range(turns + 1):
@@ -120,15 +131,23 @@ def main() -> None:
     options = parser.parse_args()
     shape = (options.batch_size, 3, options.size, options.size)
     batches = [Batch(torch.randn(*shape), None, torch.arange(options.batch_size)) for _ in range(4)]
-    print("| teacher | by hand, cut | whole | sequential | needed | needed to hand | to whole |")
-    print("| ------- | -----------: | ----: | ---------: | -----: | -------------: | -------: |")
+    print(
+        "| teacher | by hand, cut | whole | sequential | needed | torchdistill, cut |"
+        " needed to hand | needed to whole | needed to torchdistill |"
+    )
+    print(
+        "| ------- | -----------: | ----: | ---------: | -----: | ----------------: |"
+        " -------------: | --------------: | ---------------------: |"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for teacher in options.teachers:
             seconds = compare(teacher, batches, Path(folder), turns=options.turns, steps=2)
-            shown = " | ".join(f"{one * 1e3:.1f} ms" for one in seconds)
-            hand, whole, _, needed = seconds
-            ratios = f"{needed / hand:.3f} | {needed / whole:.3f}"
-            print(f"| {teacher} | {shown} | {ratios} |", flush=True)
+            hand, whole, _, needed, *theirs = seconds
+            cells = [f"{one * 1e3:.1f} ms" for one in seconds]
+            ratios = [f"{needed / other:.3f}" for other in (hand, whole, *theirs)]
+            empty = [""] * (not theirs)
+            row = [teacher.replace("resnet", "ResNet-"), *cells, *empty, *ratios, *empty]
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -229,15 +229,20 @@ def sides_of(case: Case, device: torch.device, stack: ExitStack) -> dict[str, Ca
         "hand": lambda: by_hand(case, device),
         "distill": lambda: of_distill(case, device, folder, stack),
     }
-    is_plain = case.precision == "fp32" and not case.compiled and case.processes == 1
-    if is_installed() and is_plain:
+    # torchdistill's box spreads a model over processes on CUDA alone, and these are on the CPU.
+    if is_installed() and case.processes == 1:
         sides["torchdistill"] = lambda: _by_torchdistill(case, device)
     return sides
 
 
 def _by_torchdistill(case: Case, device: torch.device) -> Train:
     teacher, student = (_built(model).to(device) for model in case.models)
-    return by_torchdistill(teacher, student, device, TEMPERATURE, ALPHA, case.hooked)
+    if case.compiled:
+        teacher.compile()
+        student.compile()
+    reduced = case.precision == "bf16"
+    settings = TEMPERATURE, ALPHA, case.hooked
+    return by_torchdistill(teacher, student, device, *settings, reduced=reduced)
 
 
 def compare(case: Case, device: torch.device, turns: int) -> dict[str, float]:

@@ -23,6 +23,8 @@ import distill_fitnet as fitnet
 from distill import Capture
 
 CLASSES = 1000
+DENSE = (4, 64, 32, 32)
+"""Maps of dense prediction."""
 AIM = 0.05
 """What part of a step a loss may take."""
 
@@ -197,7 +199,7 @@ def vision_transformer_method() -> Method:
     ]
     high = ["student.ln", "teacher.ln"]
     return Method(
-        "ViTKDLoss, blocks 1, 2 and last (step: ViT)",
+        "ViTKDLoss, blocks 1, 2 and last",
         Part(
             fitnet.ViTKDLoss(),
             {
@@ -216,12 +218,10 @@ def vision_transformer_method() -> Method:
 
 
 def affinity_methods() -> list[Method]:
-    """Return both forms of the affinity, for maps 4 x 64 x 32 x 32."""
+    """Return both forms of the affinity, for maps of dense prediction."""
+    wires = sides("student.dense", "teacher.dense")
     return [
-        Method(
-            f"AffinityLoss, {form}, 4 x 64 x 32 x 32",
-            Part(fitnet.AffinityLoss(form), sides("student.dense", "teacher.dense")),
-        )
+        Method(f"`form: {form}`", Part(fitnet.AffinityLoss(form), wires))
         for form in ("channels", "positions")
     ]
 
@@ -241,7 +241,6 @@ def resnet_values(images: Tensor) -> Values:
                 values[f"{side}.{name.replace('layer', 'input')}"] = values[f"{side}.{name}"]
                 values[f"{side}.{name}"] = values[f"{side}.{name}"].relu()
         values[f"{side}.avgpool"] = values[f"{side}.avgpool"].flatten(1).relu()
-        values[f"{side}.dense"] = torch.randn(4, 64, 32, 32).relu()
     for number in (1, 2, 3, 4):
         channels = shapes[f"layer{number}"][1]
         values[f"weight.layer{number}"] = torch.rand(channels) + 0.5
@@ -370,8 +369,8 @@ def tensors_of(outputs: Values) -> list[Tensor]:
 
 def print_head() -> None:
     """Print the head of the table whose rows ``report`` prints."""
-    print("\n| loss | step | loss | ratio | auxiliary modules |")
-    print("| ---- | ---: | ---: | ----: | ----------------: |")
+    print("| loss | time | of the step | auxiliary modules |")
+    print("| ---- | ---: | ----------: | ----------------: |")
 
 
 def report(
@@ -381,7 +380,7 @@ def report(
     turns: int,
     device: torch.device,
     steps: float = 1.0,
-) -> None:
+) -> float:
     """Measure methods against a step, and print a row for each.
 
     Args:
@@ -391,6 +390,9 @@ def report(
         turns: how often each is measured.
         device: where they run.
         steps: how many such steps have as many images as the values are of.
+
+    Returns:
+        The seconds of as many steps.
     """
     pairs = [works(method, values, device) for method in cases]
     tasks = [step, *(work for pair in pairs for work in pair)]
@@ -398,11 +400,22 @@ def report(
     whole *= steps
     for method, loss, auxiliary in zip(cases, rest[::2], rest[1::2], strict=True):
         print(
-            f"| {method.title} | {whole * 1e3:.0f} ms | {loss * 1e3:.1f} ms "
-            f"| {loss / whole:.1%}{' (!)' if loss > AIM * whole else ''} "
-            f"| {f'{auxiliary * 1e3:.1f} ms' if method.auxiliary else ''} |",
+            f"| {method.title} | {loss * 1e3:.1f} ms "
+            f"| {100 * loss / whole:.1f} %{' (!)' if loss > AIM * whole else ''} "
+            f"| {f'{auxiliary * 1e3:,.1f} ms' if method.auxiliary else ''} |",
             flush=True,
         )
+    return whole
+
+
+def affinity_times(turns: int, device: torch.device) -> str:
+    """Measure both forms of the affinity, and return in words what they take."""
+    values = {f"{side}.dense": torch.randn(DENSE).relu() for side in ("student", "teacher")}
+    cases = affinity_methods()
+    seconds = taking_turns([works(case, values, device)[0] for case in cases], turns, device)
+    pairs = zip(seconds, cases, strict=True)
+    shown = " and ".join(f"{time * 1e3:.1f} ms ({case.title})" for time, case in pairs)
+    return f"AffinityLoss on {DENSE[0]} maps of {' x '.join(map(str, DENSE[1:]))}: {shown}."
 
 
 def main() -> None:
@@ -416,16 +429,17 @@ def main() -> None:
     device = torch.device(options.device)
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size)
-    print(
-        f"{device}, {torch.get_num_threads()} threads, {options.batch} images of {options.size} px"
-    )
     print_head()
     step = training_step(torchvision.models.resnet18(), images.to(device))
-    cases = [*methods(), *affinity_methods()]
-    report(step, cases, resnet_values(images), options.turns, device)
+    resnet = report(step, methods(), resnet_values(images), options.turns, device)
     step = training_step(vision_transformer(192, options.size), images.to(device))
     values = vision_transformer_values(images)
-    report(step, [vision_transformer_method()], values, options.turns, device)
+    transformer = report(step, [vision_transformer_method()], values, options.turns, device)
+    print(
+        f"\nA step, of {options.batch} images of {options.size} x {options.size}: "
+        f"{resnet * 1e3:,.0f} ms; for ViTKD: {transformer * 1e3:,.0f} ms."
+    )
+    print(affinity_times(options.turns, device))
 
 
 if __name__ == "__main__":

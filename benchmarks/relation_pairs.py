@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -18,6 +19,11 @@ Loss = Callable[[], Tensor]
 
 FEATURES = {"CIFAR": (64, 256), "ImageNet": (256, 512)}
 """Pooled features of a batch."""
+FORMS: Mapping[Literal["torchdistill", "paper"], str] = {
+    "torchdistill": "torchdistill's form",
+    "paper": "the paper's form",
+}
+"""Of CCKD."""
 SSKD_IMAGES, SSKD_VIEWS, SSKD_WIDTH, SSKD_CLASSES = 85, 4, 512, 1000
 """What SSKD sees on ImageNet, on each of three devices."""
 
@@ -60,9 +66,9 @@ def cckd_pairs(title: str, student: Tensor, teacher: Tensor) -> Iterator[Pair]:
     from torchdistill.losses.mid_level import CCKDLoss
 
     theirs = CCKDLoss("p", "p", {"type": "gaussian", "gamma": 0.4, "max_p": 2}, "batchmean")
-    for form in ("torchdistill", "paper"):
+    for form, name in FORMS.items():
         yield Pair(
-            f"{title}, form: {form}",
+            f"{title}, {name}",
             partial(relational.CCKDLoss(form), student, teacher),
             lambda: theirs(_outputs(student), _outputs(teacher)),
             [student],
@@ -82,7 +88,7 @@ def sskd_pairs(device: torch.device) -> Iterator[Pair]:
     answers = 3 * torch.randn(rows, SSKD_CLASSES, device=device)
     wanted = torch.randn(rows, SSKD_WIDTH, device=device)
     targets = torch.randint(SSKD_CLASSES, (SSKD_IMAGES,), device=device)
-    shape = f"{SSKD_IMAGES} x {SSKD_VIEWS} images, {SSKD_WIDTH} features"
+    shape = f"{SSKD_IMAGES} x {SSKD_VIEWS} images"
     first = mid_level.AuxSSKDLoss("p")
     yield Pair(
         f"SSKD, stage 1, {shape}",
@@ -102,7 +108,7 @@ def sskd_pairs(device: torch.device) -> Iterator[Pair]:
 
     own = crd.SSKDLoss(loss_weights=(1.0, 0.9, 10.0, 2.7))
     yield Pair(
-        f"SSKD, stage 2, {shape}, {SSKD_CLASSES} classes",
+        f"SSKD, stage 2, {shape}",
         partial(own, logits, answers, embeddings, wanted, targets),
         reference,
         [logits, embeddings],
@@ -116,22 +122,25 @@ def _outputs(tensor: Tensor) -> dict[str, dict[str, Tensor]]:
 
 def pairs(device: torch.device) -> Iterator[Pair]:
     """Return all that is compared."""
+    features = {}
     for data, shape in FEATURES.items():
         student, teacher = (torch.randn(shape, device=device).relu() for _ in range(2))
-        student.requires_grad_()
-        size = f"{shape[0]} x {shape[1]} ({data})"
-        yield rkd_pair(f"RKD, {size}", student, teacher)
-        yield from cckd_pairs(f"CCKD, {size}", student, teacher)
+        features[data] = student.requires_grad_(), teacher
+    sizes = {data: f"{rows} x {width}" for data, (rows, width) in FEATURES.items()}
+    for data, both in features.items():
+        yield rkd_pair(f"RKD, {sizes[data]} ({data})", *both)
+    for data, both in features.items():
+        yield from cckd_pairs(f"CCKD, {sizes[data]}", *both)
     yield from sskd_pairs(device)
 
 
-def gradient_difference(pair: Pair) -> str:
+def gradient_difference(pair: Pair) -> tuple[float, float]:
     """Return the largest difference of two gradients' elements, and their largest element."""
     ours = gradients(pair.ours, pair.leaves)
     with stable_order():
         theirs = gradients(pair.theirs, pair.leaves)
     apart = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-    return f"{apart:.1e} | {max(g.abs().max().item() for g in theirs):.1e}"
+    return apart, max(gradient.abs().max().item() for gradient in theirs)
 
 
 @contextmanager

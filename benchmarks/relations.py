@@ -49,16 +49,25 @@ def compare_with_torchdistill(options: argparse.Namespace) -> None:
         print("torchdistill is not installed, and not compared with")
         return
     device = torch.device(options.device)
-    print("\n| loss | distill | torchdistill | of torchdistill's | gradients differ by | largest |")
-    print("| ---- | ------: | -----------: | ----------------: | ------------------: | ------: |")
+    print("| loss | distill | torchdistill | of torchdistill's |")
+    print("| ---- | ------: | -----------: | ----------------: |")
+    apart: list[tuple[float, float]] = []
     for pair in pairs(device):
         tasks = [partial(gradients, loss, pair.leaves) for loss in (pair.ours, pair.theirs)]
         ours, theirs = taking_turns(tasks, options.turns, device)
+        if pair.alike:
+            apart.append(gradient_difference(pair))
         print(
-            f"| {pair.title} | {ours * 1e3:.2f} ms | {theirs * 1e3:.2f} ms | 1/{theirs / ours:.1f} "
-            f"| {gradient_difference(pair) if pair.alike else 'another loss | '} |",
+            f"| {pair.title} | {ours * 1e3:,.2f} ms | {theirs * 1e3:,.2f} ms "
+            f"| 1/{theirs / ours:.1f} |",
             flush=True,
         )
+    most = max(difference for difference, _ in apart)
+    relative = max(difference / largest for difference, largest in apart)
+    print(
+        f"\nWhere both compute the same, elements of gradients differ by at most {most:.1e}, "
+        f"{relative:.1e} of the largest."
+    )
 
 
 def compare_with_step(options: argparse.Namespace) -> None:
@@ -66,11 +75,15 @@ def compare_with_step(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     images = torch.randn(options.batch, 3, options.size, options.size)
     step = training_step(torchvision.models.resnet18(), images.to(device))
-    print(f"\nResNet-18, images of {options.size} px, measured in steps of {options.batch}")
     print_head()
+    taken = {}
     for group in groups(images):
         steps = group.images / options.batch
-        report(step, group.methods, group.values, options.turns, device, steps)
+        found = report(step, group.methods, group.values, options.turns, device, steps)
+        taken[group.images] = f"of {group.images}: {found * 1e3:,.0f} ms"
+    size = f"{options.size} x {options.size}"
+    print(f"\nSteps, by the number of images of {size}, {'; '.join(taken.values())}.")
+    print(f"They are measured with {options.batch} images and taken as many times.")
 
 
 class Noise(Labels):
@@ -115,7 +128,7 @@ def compare_sskd_with_kd(options: argparse.Namespace) -> None:
         ]
         plain, rotated = taking_turns(tasks, options.turns, device)
     ratio = rotated / plain
-    print(f"\nA step of ResNet-20 to ResNet-8, batch of {SSKD_BATCH}\n")
+    print(f"A step of ResNet-20 to ResNet-8, batch of {SSKD_BATCH}\n")
     print("| criterion | step | of KD's |")
     print("| --------- | ---: | ------: |")
     print(f"| KD | {plain * 1e3:.1f} ms | 1 |")
@@ -171,10 +184,10 @@ def main() -> None:
     options = parser.parse_args()
     start_again_if_kept(options.pages)
     torch.manual_seed(0)
-    print(f"{options.device}, {torch.get_num_threads()} threads, pages {options.pages}")
     for name, measure in PARTS.items():
         if options.only in (None, name):
             measure(options)
+            print()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 ``rows``: microseconds to write and to read what a sample's 1,000 logits take, against one file a
 sample, and a store of as many samples as ImageNet has, filled and read.
 ``epochs``: a ResNet-18 learning from ResNets: without a store, filling one, reading it, and the
-same loop with targets for free. Augmentation is on: each epoch takes a view of every sample.
+same loop with targets for free. Augmentation is on: each epoch takes a view of every sample. Each
+turn is an epoch of every side, of which filling begins with an empty store.
 ``views``: an epoch of distillation with four views taken from each decoding of a JPEG and the
 teacher's logits stored, against an epoch of plain training, which decodes every image.
 
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -41,9 +43,12 @@ from distill.training.seed_run import SeedRun
 from distill.training.stored_stage import fingerprints_wanted, with_stored
 
 CPU = torch.device("cpu")
+WARM_UP = 3
+"""Steps of each side before its epochs count."""
 CROPS = (32, 64)
 """The larger a crop, the more the student takes beside the decoding."""
 WIDTH, IMAGENET, BATCH = 2_000, 1_281_167, 64
+EPOCHS_BATCH = 16
 TEACHERS = ["resnet34", "resnet50", "resnet101", "resnet152"]
 PUBLISHED = {"resnet152": 1_944 / 917}
 """Seconds an epoch of ImageNet without stored outputs over those with, in torchdistill's paper."""
@@ -100,8 +105,8 @@ class Side:
     plan: Any
     stores: Mapping[str, Outputs]
 
-    def epoch(self, number: int = 0) -> None:
-        """Train for one epoch as `distill run` does."""
+    def epoch(self, number: int = 0, steps: int | None = None) -> None:
+        """Train for one epoch as `distill run` does, or for its first steps."""
         stage = self.run.builder.experiment.stages[0]
         batches = training_batches(
             self.source,
@@ -110,7 +115,8 @@ class Side:
             epoch=number,
             fingerprints=fingerprints_wanted(stage, self.stores),
         )
-        self.loop.epoch(with_stored(batches, self.stores, number), epoch=number)
+        chosen = islice(batches, steps)
+        self.loop.epoch(with_stored(chosen, self.stores, number), epoch=number)
 
     def forget(self) -> None:
         """Empty the stores."""
@@ -173,8 +179,11 @@ def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
     ]
     params = {"samples": samples, "size": size}
     dataset = {"type": "Images", "params": params, "transforms": transforms}
-    data = {"batch_size": 16, "views": 1}
-    print(f"ResNet-18, {samples} images of {size} x {size}, batches of 16, seconds an epoch")
+    data = {"batch_size": EPOCHS_BATCH, "views": 1}
+    print(
+        f"ResNet-18, {samples} images of {size} x {size}, batches of {EPOCHS_BATCH}, "
+        f"{-(-samples // EPOCHS_BATCH)} steps an epoch, medians of {turns}, in seconds\n"
+    )
     print(
         "| teacher | no store | filling | stored | free targets | filling : no store |"
         " stored : free | stored, bf16 : no store | no store : stored | published |"
@@ -190,10 +199,13 @@ def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
             reduced = described(teacher, data, dataset, **role)
             reduced["stages"][0] |= {"precision": "bf16", "channels_last": True}
             bf16 = side(reduced, Path(folder, "bf16"), stack)
-            stored.epoch()
-            bf16.epoch()
+            for one in (plain, filling, free):
+                one.epoch(steps=WARM_UP)
+            for one in (stored, bf16):
+                one.epoch()
             tasks = [plain.epoch, filling.filling, stored.epoch, free.epoch, bf16.epoch]
-            no, first, later, none, fast = taking_turns(tasks, turns, CPU)
+            medians = taking_turns(tasks, turns, CPU, warms_up=False)
+            no, first, later, none, fast = medians
         published = f"{PUBLISHED[teacher]:.2f}" if teacher in PUBLISHED else ""
         print(
             f"| {teacher} | {no:.2f} | {first:.2f} | {later:.2f} | {none:.2f} | {first / no:.3f} | "
@@ -280,9 +292,10 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=["rows", "epochs", "views"])
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=96, help="of an epoch")
-    parser.add_argument("--size", type=int, default=64, help="of images")
+    parser.add_argument("--turns", type=int, default=4, help="epochs of each side")
+    parser.add_argument("--samples", type=int, default=640, help="images of an epoch")
+    parser.add_argument("--size", type=int, default=64, help="height and width of these images")
+    parser.add_argument("--photos", type=int, default=192, help="JPEGs that views are taken of")
     parser.add_argument("--rows", type=int, default=IMAGENET)
     parser.add_argument("--teachers", nargs="*", default=TEACHERS)
     given = parser.parse_args()
@@ -294,7 +307,7 @@ def main() -> None:
         print("| data | plain training | four views, stored | ratio | published best |")
         print("| ---- | -------------: | -----------------: | ----: | -------------: |")
         for crop in CROPS:
-            views(given.turns, 2 * given.samples, crop)
+            views(given.turns, given.photos, crop)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,25 @@ import torch
 Work = Callable[[], object]
 
 
-def taking_turns(tasks: Sequence[Work], turns: int, device: torch.device) -> list[float]:
-    """Return the median seconds of each task; each turn starts with another one."""
+def taking_turns(
+    tasks: Sequence[Work], turns: int, device: torch.device, *, warms_up: bool = True
+) -> list[float]:
+    """Return the median seconds of each task; each turn starts with another one.
+
+    Args:
+        tasks: what is measured.
+        turns: so many of each task count.
+        device: which is waited for.
+        warms_up: whether a turn comes before that does not count.
+    """
     times: list[list[float]] = [[] for _ in tasks]
-    for turn in range(turns + 1):
+    for turn in range(turns + warms_up):
         for place in range(len(tasks)):
             number = (place + turn) % len(tasks)
             started = perf_counter()
             tasks[number]()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if turn:  # the first warms up
+            if turn >= warms_up:
                 times[number].append(perf_counter() - started)
     return [median(each) for each in times]

@@ -20,7 +20,6 @@ import torch
 import xxhash
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional
 from torchvision.tv_tensors import Image  # type: ignore[attr-defined]
 
@@ -95,10 +94,9 @@ class Packed(Dataset[Any]):
         data = np.array(self._images[first:last])
         if xxhash.xxh3_64_intdigest(data.data) != self._checks[index]:
             raise DataError(f"image {index} in {self.root / IMAGES} is damaged; pack it again")
-        if self._encoding == "raw":
-            pixels = torch.from_numpy(data).view(*self._shapes[index].tolist())
-            return Image(pixels.permute(2, 0, 1))
-        return Image(decode_jpeg(torch.from_numpy(data)))
+        if self._encoding == "jpeg":
+            data = np.array(PILImage.open(io.BytesIO(data.data)))
+        return Image(torch.from_numpy(data).view(*self._shapes[index].tolist()).permute(2, 0, 1))
 
 
 @dataclass(frozen=True)
