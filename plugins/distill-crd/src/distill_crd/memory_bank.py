@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 FILLED_AT_ONCE = 2**14
 """Rows that are drawn together, in memory of their own."""
+DRAWN_APART = 2**17
+"""Rows whose numbers a generator of their own draws, on a processor, so that all cores may draw."""
 
 
 def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a bank of rows of length about 1, (rows, width), uniform in each element."""
-    bound = (width / 3) ** -0.5
     bank = torch.empty(rows, width, dtype=dtype, device=device)
+    if device.type != "cpu":
+        _fill(bank)
+        return bank
+    parts = bank.split(DRAWN_APART)
+    seeds = torch.randint(2**62, (len(parts),)).tolist()
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(lambda part, seed: _fill(part, _seeded(seed)), parts, seeds))
+    return bank
+
+
+def _fill(bank: Tensor, generator: torch.Generator | None = None) -> None:
+    bound = (bank.shape[1] / 3) ** -0.5
     for part in bank.split(FILLED_AT_ONCE):
         # In float32, which is drawn faster than it could be in less.
-        part.copy_(torch.empty(part.shape, device=device).uniform_(-bound, bound))
-    return bank
+        drawn = torch.empty(part.shape, device=bank.device)
+        part.copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def momentum_rows(bank: Tensor, index: Tensor, embeddings: Tensor, momentum: float) -> Tensor:
