@@ -26,7 +26,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import Compose  # type: ignore[attr-defined]
 
 from distill import plugins
-from distill.data.keeping import keep, split
+from distill.data.keepable import split
+from distill.data.keeping import keep
 from distill.data.loader import Loading, training_batches
 from distill.data.plan import Plan
 from distill.data.source import Source

@@ -13,7 +13,8 @@ from PIL import Image
 
 from distill import plugins
 from distill.data.batch import Batch
-from distill.data.keeping import keep, split
+from distill.data.keepable import split
+from distill.data.keeping import keep
 from distill.data.kept import OneByOne
 from distill.data.loader import Loading, evaluation_batches, training_batches
 from distill.data.plan import Plan

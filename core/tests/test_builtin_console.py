@@ -216,6 +216,8 @@ def test_a_stage_ends_with_its_speed_and_where_its_time_went():
         "  | ------------------ | --------: | ------: |",
         "  | forward of teacher | 12.500 ms |  25.0 % |",
         "  | step               | 50.000 ms | 100.0 % |",
+        "  Every step since the run was last started is measured, but at most three in front. "
+        "Shares are of their total time, medians of one step.",
         "  student: last.safetensors",
     ]
     slow = StageResult(1, "kd", "thin", 10, 2, 3.0, samples_per_second=2.345)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def start(folder, **more):
 def stage_start(seed, stage, epoch=0):
     at = Position(seed, stage, epoch, epoch * 2)
     return "stage_start", StageStart(at, "ab"[stage], 2, 2, "thin", 5, 5, {})
+
+
+class Told(str):
+    """A note that the report has too."""
+
+    about = "store"
+
+    def __new__(cls, text, report, rows=None):
+        note = super().__new__(cls, text)
+        note.report, note.rows = report, rows
+        return note
 
 
 def step(seed, stage, number):
@@ -234,6 +246,80 @@ def test_the_report_has_each_stage_s_speed_and_where_the_time_of_profiled_ones_w
     assert "goes: b, seed 1\n\n| part of a step |    median |   share |" in report
     assert "| backward       | 12.500 ms | 100.0 % |" in report
     assert "waited for the GPU" not in report
+
+
+def with_notes(notes, seed=1, stage=0, epoch=0):
+    name, event = stage_start(seed, stage, epoch)
+    return name, replace(event, notes=notes)
+
+
+def with_misfits(number, misfits):
+    name, event = epoch(1, 0, number)
+    return name, replace(event, misfits=misfits)
+
+
+END = ("run_end", RunEnd([], "| table |", "on val, one seed"))
+
+
+def test_the_report_says_what_was_stored_fast_and_in_memory(tmp_path):
+    there = [1]
+    store = Told("teacher's outputs: 1 of 40 are there", "teacher's outputs in x", lambda: there[0])
+    begin = with_notes(
+        [store, "a line for the console", Told("t is fast: KL 0", "t is fast: KL 0")]
+    )
+
+    observer = ResultFiles()
+    observer.run_start(start(tmp_path))
+    observer.stage_start(begin[1])
+    there[0] = 31
+    for name, event in [with_misfits(1, 2), with_misfits(2, 0), stage_end(1, 0), END]:
+        getattr(observer, name)(event)
+    observer.close()
+    report = (tmp_path / "report.md").read_text()
+    assert (
+        "## Stored outputs, fast teachers, data in memory\n\n"
+        "- a: teacher's outputs in x: 1 row there before, 30 computed\n"
+        "- a: t is fast: KL 0\n"
+        "- a: 2 rows did not fit, computed anew\n\n## Evaluation"
+    ) in report
+    assert "a line for the console" not in report
+
+
+def test_rows_that_a_stopped_run_computed_before_count(tmp_path):
+    there = [0]
+    store = Told("stored", "stored", lambda: there[0])
+    observer = ResultFiles()
+    observer.run_start(start(tmp_path))
+    observer.stage_start(with_notes([store])[1])
+    observer.epoch_end(epoch(1, 0, 1)[1])
+    observer.close()
+    there[0] = 25
+    record(
+        start(tmp_path, resumed={1: Position(1, 0, 1)}),
+        [with_notes([store], epoch=1), stage_end(1, 0), END],
+    )
+    report = (tmp_path / "report.md").read_text()
+    assert "- a: stored: 0 rows there before, 25 computed" in report
+
+
+def test_the_report_says_nothing_of_what_was_not_used(tmp_path):
+    record(start(tmp_path), [*whole_stage(1, 0), END])
+    report = (tmp_path / "report.md").read_text()
+    assert "Stored outputs" not in report
+
+
+def test_the_report_says_which_steps_were_measured(tmp_path):
+    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
+    for folder, profile in ((plain, {}), (profiled, {"step": {"seconds": 1.0, "share": 1.0}})):
+        folder.mkdir()
+        result = StageResult(1, "a", "thin", 5, 2, 2.0, profile=profile)
+        record(start(folder), [("run_end", RunEnd([result], "| table |", "on val"))])
+    report = (plain / "report.md").read_text()
+    assert "share is measured on steps with a log line" in report
+    assert "medians" not in report
+    report = (profiled / "report.md").read_text()
+    assert "share is measured on every step but at most three in front" in report
+    assert "Shares are of their total time, medians of one step." in report
 
 
 def test_the_report_of_a_run_on_gpus_says_whose_memory_it_is_and_that_a_profile_waits(tmp_path):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from distill import Batch
 from distill.builtin.torch_components import CrossEntropyLoss
 from distill.model.criterion import Criterion
-from distill.model.distiller import Distiller, value_name
-from distill.model.wiring import Address, Call
+from distill.model.distiller import Distiller
+from distill.model.wiring import Address, Call, value_name
 from distill.testing import ToyMLP
 
 

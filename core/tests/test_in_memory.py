@@ -9,7 +9,8 @@ import torch
 from distill import ConfigError, DataError, Sample, Views, memory
 from distill.data.batch import collate
 from distill.data.batched import Pending
-from distill.data.keeping import NotKeepable, keep, split
+from distill.data.keepable import NotKeepable, split
+from distill.data.keeping import keep
 from distill.data.kept import OneByOne, Whole
 from distill.data.loader import Loading, evaluation_batches, sample_batch, training_batches
 from distill.data.plan import Plan
@@ -431,12 +432,17 @@ def run_of(folder, *, transforms=("Shift", "Alone"), dataset="ToyData", epochs=2
     return SeedRun(builder, 0, CPU, folder / "run", lambda *event: None, models, sources)
 
 
-def test_a_stage_trains_on_what_is_in_memory_and_says_so(tmp_path):
+def test_a_stage_trains_on_what_is_in_memory_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("distill.memory._told", set())
     run = run_of(tmp_path, in_memory=True)
     train_stage(run, 0)
     assert list(run.kept) == ["train", "val"]
     notes = list(memory_notes(run))
-    assert "the 20 samples of data set 'train' are kept in memory (0.0 MB on cpu)" in notes
+    assert "the 20 samples of data set 'train' are kept in memory on cpu" in notes
+    assert notes[0].about == "memory"
+    told = capsys.readouterr().err
+    assert "B on cpu, where" in told
+    assert not any("B on cpu" in note for note in notes), "told before it was taken"
     assert "of data set 'train', Shift is applied to whole batches" in notes
     assert "of data set 'train', Alone is applied sample by sample" in notes
     other = run_of(tmp_path)

@@ -11,14 +11,9 @@ import pytest
 import torch
 
 from distill import Batch, DataError, Sample
-from distill.data.loader import (
-    LONGEST_GAP,
-    Loading,
-    evaluation_batches,
-    sample_batch,
-    training_batches,
-)
+from distill.data.loader import Loading, evaluation_batches, sample_batch, training_batches
 from distill.data.plan import Plan
+from distill.data.reading_samples import LONGEST_GAP
 from distill.data.source import Source
 from distill.testing import ToyData
 

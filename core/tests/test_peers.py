@@ -11,7 +11,8 @@ from torch import nn
 import distill
 from distill import Observer
 from distill.errors import ConfigError, DataError, UsageError
-from distill.runner import check, evaluate
+from distill.experiment_check import check
+from distill.model_evaluation import evaluate
 from distill.testing import ToyData, toy_experiment, toy_registry
 from distill.trained import Choice, trained_model
 

@@ -10,6 +10,7 @@ from distill import Batch, Observer, run
 from distill.model.criterion import Criterion
 from distill.model.distiller import Distiller
 from distill.model.fast import FastTeacher
+from distill.model.stored import Outputs, StoredRows
 from distill.model.wiring import Address, Call
 from distill.testing import toy_experiment, toy_registry
 from distill.training import profile
@@ -17,6 +18,8 @@ from distill.training.checkpoint import load_state, save_state
 from distill.training.loop import Loop
 from distill.training.optimizer import Optimization
 from distill.training.profile import Speed, StepClock, peak_memory
+from distill.training.stage_outputs import StageOutputs
+from distill.training.stored_stage import with_stored
 
 CPU = torch.device("cpu")
 DATA, TRANSFER, TEACHER, STUDENT, NECK, LOSS, BACKWARD, OPTIMIZER = 1, 2, 40, 20, 3, 4, 15, 5
@@ -134,6 +137,62 @@ def test_a_profile_has_each_part_of_a_step_as_they_come(now):
     assert sum(n["share"] for part, n in found.items() if part != "step") == pytest.approx(1)
     assert loop.clock.timed == 9 - profile.WARM_UP
     assert distiller.timer is distiller.criterion.timer is None
+
+
+FIND, DECODE, ENCODE = 7, 8, 9
+
+
+def stored_loop(now, monkeypatch, *, full_from=0, **more):
+    """Return a loop and its batches; the teacher's outputs are stored from a batch on."""
+    loop, distiller = loop_of(now, **more)
+    store = distiller.stores["teacher"] = StageOutputs(None, None, role="teacher")
+
+    def find(self, batch, epoch, number):
+        now.seconds += FIND
+        missing = None if number >= full_from else torch.ones(2, dtype=torch.bool)
+        return StoredRows(torch.zeros(2, 1), missing, torch.arange(2), torch.arange(2))
+
+    def values(self, stored):
+        now.seconds += DECODE
+        return {"teacher": torch.ones(2)}
+
+    def keep(self, stored, given):
+        now.seconds += ENCODE
+        return given
+
+    for function in (find, values, keep):
+        monkeypatch.setattr(Outputs, function.__name__, function)
+    return loop, with_stored(batches(now, 9), {"teacher": store}, 0)
+
+
+def test_reading_from_a_store_is_a_part_of_its_own_and_no_teacher_s(now, monkeypatch):
+    loop, given = stored_loop(now, monkeypatch, profiles=True)
+    loop.epoch(given, steps=9)
+    found = {part: numbers["seconds"] for part, numbers in loop.clock.profile().items()}
+    assert "forward of teacher" not in found
+    assert found["stored outputs of teacher"] == FIND + DECODE
+    assert found["data (waiting for the loader)"] == DATA
+    assert found["step"] == STEP - TEACHER + FIND + DECODE
+    assert teachers_share(loop.clock) == 0
+
+
+def test_writing_to_a_store_is_told_apart_from_the_teacher_s_forward(now, monkeypatch):
+    loop, given = stored_loop(now, monkeypatch, full_from=9, profiles=True)
+    loop.epoch(given, steps=9)
+    found = {part: numbers["seconds"] for part, numbers in loop.clock.profile().items()}
+    assert found["forward of teacher"] == TEACHER
+    assert found["stored outputs of teacher"] == FIND + ENCODE
+    assert teachers_share(loop.clock) == pytest.approx(TEACHER / (STEP + FIND + ENCODE))
+
+
+@pytest.mark.parametrize(("full_from", "teacher"), [(0, 0), (9, TEACHER)])
+def test_the_teachers_share_has_nothing_of_a_store_without_a_profile(
+    now, monkeypatch, full_from, teacher
+):
+    loop, given = stored_loop(now, monkeypatch, full_from=full_from, log_every=4)
+    loop.epoch(given, steps=9)
+    whole = STEP - TEACHER + FIND + (teacher + ENCODE if teacher else DECODE)
+    assert teachers_share(loop.clock) == pytest.approx(teacher / whole)
 
 
 def test_parts_of_accumulated_batches_are_added_up(now):

@@ -8,7 +8,7 @@ from torch import nn
 
 from distill import Batch, ConfigError, DistillError, Observer, check, run
 from distill.builtin.redesigners import empty, sequential, whole
-from distill.runner import evaluate
+from distill.model_evaluation import evaluate
 from distill.testing import ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.checkpoint import load_state, load_weights

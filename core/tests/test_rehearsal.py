@@ -6,7 +6,7 @@ from distill import ConfigError, DataError, Views
 from distill.builtin.accuracy import accuracy
 from distill.data.loader import sample_batch, training_batches
 from distill.data.plan import Plan
-from distill.runner import check
+from distill.experiment_check import check
 from distill.testing import ToyConvNet, ToyData, ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.parts import Parts as StageParts

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 import distill
 from distill.cli import main
 from distill.errors import ConfigError, UsageError
+from distill.experiment_check import check_to_run
 from distill.inspection import models_of_file, named_model
-from distill.runner import check_to_run, evaluate
+from distill.model_evaluation import evaluate
 from distill.testing import ToyMLP, toy_experiment, toy_registry
 from distill.trained import Choice, trained_model
 from distill.training.build import Builder

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from distill import ConfigError, DataError, DistillError, Observer, StorageError, check, load, run
-from distill.runner import evaluate, open_sources
+from distill.beginning import open_sources
+from distill.model_evaluation import evaluate
 from distill.testing import ToyMLP, run_processes, toy_experiment, toy_registry
 from distill.training.build import Builder
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from distill import Batch, ConfigError, DistillError, Observer, check, run
 from distill.builtin.special_modules import WithTargets
-from distill.runner import evaluate
+from distill.model_evaluation import evaluate
 from distill.testing import ToyMLP, toy_experiment, toy_registry
 from distill.training.build import Builder
 from distill.training.seed_run import SeedRun

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from distill import DistillError
-from distill.model.wiring import Address, Call, CallError, describe, to_float32
+from distill.model.precision import to_float32
+from distill.model.wiring import Address, Call, CallError, describe
 
 VALUES = {
     "student": torch.ones(2, 3),

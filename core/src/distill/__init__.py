@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from distill.data.batch import Sample as Sample
     from distill.data.batch import Views as Views
     from distill.data.labels import labels as labels
+    from distill.experiment_check import check as check
     from distill.global_batch import gather as gather
     from distill.memory import claim as claim
     from distill.model.capture import Capture as Capture
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from distill.observer import StageEnd as StageEnd
     from distill.observer import StageStart as StageStart
     from distill.observer import StepEnd as StepEnd
-    from distill.runner import check as check
     from distill.runner import run as run
     from distill.training.metrics import Metric as Metric
 
@@ -67,7 +67,7 @@ _LAZY = {
     "StageStart": "distill.observer",
     "StepEnd": "distill.observer",
     "Views": "distill.data.batch",
-    "check": "distill.runner",
+    "check": "distill.experiment_check",
     "claim": "distill.memory",
     "gather": "distill.global_batch",
     "labels": "distill.data.labels",

@@ -98,8 +98,8 @@ def run(
         if os.environ.get("RANK", "0") == "0" and processes is None:
             click.echo("\n".join(lines))
     if processes is not None and "RANK" not in os.environ:
+        from distill.experiment_check import check_to_run
         from distill.launcher import launch, without_processes
-        from distill.runner import check_to_run
 
         allowed = {"allow_remote_code": allow_remote_code}
         check_to_run(experiment, registry, controls=controls, **allowed)
@@ -143,7 +143,7 @@ def check(
     experiment, registry = open_experiment(file, overrides, plugin_files)
     if data:
         gc.enable()  # what two samples leave behind may be large
-    from distill.runner import check as check_experiment
+    from distill.experiment_check import check as check_experiment
     from distill.training.check import refusals
 
     check_experiment(experiment, registry, data=data, allow_remote_code=allow_remote_code)
@@ -186,7 +186,7 @@ def evaluate(
 
     Metrics that compare with a teacher are left out.
     """
-    from distill.runner import evaluate as evaluate_model
+    from distill.model_evaluation import evaluate as evaluate_model
     from distill.trained import Choice, find_stage, trained_model
 
     directory = source if source.is_dir() else None

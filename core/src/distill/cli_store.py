@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from distill.cli_errors import Group
 from distill.cli_options import plugin_option, remote_code_option, set_option, stores_option
 from distill.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from distill.store.folder import Entry
 
 DATA = 5
 """Exit code where data or stores are at fault."""
@@ -72,38 +76,96 @@ def build(
 @store.command()
 @stores_option
 def ls(stores: Path) -> None:
-    """List stores: whose outputs, of which data, how many rows are there, when they were used."""
+    """List stores, the one used last first.
+
+    Teacher and data set stand with their names in the file that the store was made for, and their
+    types. Asked is what is kept: the output, layers or parts. Views that are there for all samples
+    count; filled is the share of rows that are there.
+    """
     from distill.store.folder import entries
 
     found = entries(stores)
     if not found:
         click.echo(f"there are no stores in {stores}")
         return
-    rows = [("store", "teacher", "data", "views", "kept", "rows", "MB", "last used")]
-    for entry in found:
-        size = f"{entry.nbytes / 1e6:,.1f}"
-        used = f"{entry.unused:.0f} days ago" if entry.unused >= 1 else "today"
-        if entry.meta is None:
-            rows.append((entry.name, "damaged", "", "", "", "", size, used))
-            continue
-        known = entry.meta["identity"]
-        share = entry.filled / max(entry.meta["rows"], 1)
-        rows.append(
-            (
-                entry.name,
-                known["teacher"]["model"]["component"][0],
-                known["data"]["component"][0],
-                str(known["views"] or 1),
-                known["kept"]["encoding"],
-                f"{entry.filled:,} of {entry.meta['rows']:,} ({share:.0%})",
-                size,
-                used,
-            )
-        )
+    length = _shown(entry.name for entry in found)
+    rows = [COLUMNS, *(_cells(entry, length) for entry in found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        cells = [
+            cell.rjust(width) if heading in NUMBERS else cell.ljust(width)
+            for cell, width, heading in zip(row, widths, COLUMNS, strict=True)
+        ]
         click.echo("  ".join(cells).rstrip())
+
+
+COLUMNS = (
+    *("store", "teacher", "asked", "data", "views", "rows", "filled", "kept as", "size"),
+    "last used",
+)
+NUMBERS = ("views", "rows", "filled", "size")
+UNKNOWN = "–"
+WIDEST = 28
+"""Characters of a cell at most."""
+SHORTEST = 8
+"""Characters of a store's name at least."""
+
+
+def _shown(names: Iterable[str]) -> int:
+    """Return how many characters of names tell all of them apart."""
+    names = list(names)
+    lengths = range(SHORTEST, max(map(len, names)) + 1)
+    return next((n for n in lengths if len({name[:n] for name in names}) == len(names)), SHORTEST)
+
+
+def _cells(entry: Entry, length: int) -> tuple[str, ...]:
+    from distill.store.folder import size_text
+    from distill.store.near import references
+
+    name, size, used = entry.name[:length], size_text(entry.nbytes), _ago(int(entry.unused))
+    if entry.meta is None:
+        return (name, "damaged", *[""] * (len(COLUMNS) - 4), size, used)
+    known, about = entry.meta["identity"], entry.meta.get("about", {})
+    return (
+        name,
+        _named(about.get("teacher"), known["teacher"]["model"]["component"][0]),
+        _listed(references(known["asked"])),
+        _named(about.get("data"), known["data"]["component"][0]),
+        f"{entry.views[0]} of {entry.views[1]}",
+        f"{entry.meta['rows']:,}",
+        f"{100 * entry.filled // max(entry.meta['rows'], 1)}%",
+        _encoding(known["kept"]),
+        size,
+        used,
+    )
+
+
+def _encoding(kept: Mapping[str, Any]) -> str:
+    name: str = kept["encoding"]
+    return f"{name} ({kept['top']})" if name == "top_k" else name
+
+
+def _ago(days: int) -> str:
+    return "today" if days < 1 else f"{days:,} day{'' if days == 1 else 's'} ago"
+
+
+def _named(name: str | None, kind: str) -> str:
+    """Return what the file calls something, and its type."""
+    return _short(f"{name or UNKNOWN} ({kind})")
+
+
+def _listed(values: Sequence[str]) -> str:
+    """Return as many values as there is room for, and how many more there are."""
+    for count in range(len(values), 0, -1):
+        more = f", +{len(values) - count}" if count < len(values) else ""
+        text = ", ".join(values[:count]) + more
+        if len(text) <= WIDEST:
+            return text
+    return _short(values[0])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 
 @store.command()
@@ -112,20 +174,17 @@ def ls(stores: Path) -> None:
 def verify(names: Sequence[str], stores: Path) -> None:
     """Look at every row of stores; damaged ones are computed anew when they are asked for.
 
-    Exits with 5 if there are any.
+    A store goes by its name or the beginning of it. Exits with 5 if there are damaged rows.
     """
     from distill.store.folder import entries
     from distill.store.folder import verify as verify_store
 
     there = {entry.name: entry.folder for entry in entries(stores)}
-    unknown = [name for name in names if name not in there]
-    if unknown:
-        known = ", ".join(there) or "none"
-        raise UsageError(f"there is no store '{unknown[0]}' in {stores} (there are: {known})")
+    chosen = [name for given in names for name in _chosen(given, list(there), stores)]
     if not there:
         click.echo(f"there are no stores in {stores}")
     is_damaged = False
-    for name in names or there:
+    for name in chosen or there:
         try:
             filled, damaged = verify_store(there[name])
         except StorageError as error:
@@ -133,10 +192,20 @@ def verify(names: Sequence[str], stores: Path) -> None:
             is_damaged = True
             continue
         state = f"{damaged:,} damaged, to be computed anew" if damaged else "all sound"
-        click.echo(f"{name}: {filled:,} rows, {state}")
+        click.echo(f"{name}: {filled:,} row{'' if filled == 1 else 's'}, {state}")
         is_damaged |= bool(damaged)
     if is_damaged:
         sys.exit(DATA)
+
+
+def _chosen(given: str, there: Sequence[str], stores: Path) -> list[str]:
+    """Return the one store whose name begins with what is given."""
+    found = [given] if given in there else [name for name in there if name.startswith(given)]
+    if len(found) == 1:
+        return found
+    known = ", ".join(found or there) or "none"
+    what = f"{len(found)} stores begin with" if found else "there is no store"
+    raise UsageError(f"{what} '{given}' in {stores} (there are: {known})")
 
 
 @store.command()
@@ -152,16 +221,16 @@ def verify(names: Sequence[str], stores: Path) -> None:
 @stores_option
 def gc(unused: float, dry_run: bool, stores: Path) -> None:
     """Remove stores that are damaged beyond use, half made, or unused for long."""
-    from distill.store.folder import garbage, remove
+    from distill.store.folder import garbage, remove, size_of, size_text
 
-    freed = 0
     if not stores.is_dir():
         click.echo(f"there are no stores in {stores}")
+        return
+    freed = 0
     for folder in garbage(stores, unused):
-        if dry_run:
-            click.echo(f"would remove {folder}")
-        else:
-            freed += remove(folder)
-            click.echo(f"removed {folder}")
-    if not dry_run:
-        click.echo(f"{freed / 1e6:,.1f} MB freed")
+        nbytes = size_of(folder)
+        freed += nbytes
+        click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size_text(nbytes)})")
+        if not dry_run:
+            remove(folder)
+    click.echo(f"{size_text(freed)} {'to be freed' if dry_run else 'freed'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,34 +15,24 @@ import torch
 from torch import nn
 
 from distill import distributed
+from distill.beginning import begin, chosen_device, open_sources
 from distill.config.controlled import stages_that_differ
 from distill.config.experiment import Control, Experiment
-from distill.control_runs import control_experiments
 from distill.data.source import Source
 from distill.environment import describe_environment
-from distill.errors import ConfigError, DistillError, UsageError, did_you_mean
+from distill.experiment_check import check_to_run, rehearse_all
 from distill.observer import ControlsEnd, Observer, Position, RunEnd, RunStart, StageResult
 from distill.plugins import plugins
-from distill.reference import STUDENT
 from distill.registry import Registry
 from distill.run_directory import GIVEN, RESOLVED, open_run, resolved_text, seed_directory
+from distill.saved_states import is_complete, results_of, saved_states, states_on_disk
 from distill.summary import READING, control_table, measured_on, summary_table
-from distill.trained import Choice, find_stage, trained_model
-from distill.training.around import special_module
+from distill.trained import Choice, trained_model
 from distill.training.build import STORES, Builder
-from distill.training.check import check as find_faults
-from distill.training.check import refusals
-from distill.training.checkpoint import load_state
 from distill.training.evaluation import SKIPPED
-from distill.training.evaluation import evaluate as measure
-from distill.training.measuring import evaluating
-from distill.training.prepared import prepare
-from distill.training.rehearsal import rehearse_measuring
 from distill.training.reuse import Origin, can_be_taken
-from distill.training.seed_run import SeedRun, Tell
-from distill.training.stored_stage import may_stay_unloaded
+from distill.training.seed_run import Tell
 from distill.training.trainer import train_stage
-from distill.undrawn import Undrawn
 
 
 @dataclass(frozen=True)
@@ -78,65 +68,6 @@ class Result:
             self.directory,
             allow_remote_code=self.allow_remote_code,
         )[0]
-
-
-def check(
-    experiment: Experiment,
-    registry: Registry | None = None,
-    *,
-    data: bool = False,
-    allow_remote_code: bool = False,
-) -> None:
-    """Check components, parameters and references, all before anything expensive.
-
-    Args:
-        experiment: what ``load`` returns.
-        registry: what ``plugins`` returns; by default everything installed.
-        data: whether to open data sets and checkpoints too, and to run two samples through every
-            stage.
-        allow_remote_code: whether components may fetch code from elsewhere and run it. Without,
-            they and what refers to them are not checked, and with ``data`` they are faults.
-
-    Raises:
-        ConfigError: with every fault of the file.
-        DataError: if data is missing or does not fit a model.
-    """
-    registry = registry or plugins()
-    if data:
-        check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
-        builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
-        device = chosen_device(experiment)
-        rehearse_all(builder, open_sources(builder), device)
-        return
-    with Undrawn():
-        faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
-    if faults:
-        raise ConfigError(faults)
-
-
-def check_to_run(
-    experiment: Experiment,
-    registry: Registry,
-    *,
-    allow_remote_code: bool,
-    controls: Iterable[str] = (),
-) -> dict[Control, Experiment]:
-    """Check as ``check`` does; code from elsewhere that is not allowed is a fault too.
-
-    Returns:
-        The experiment with each control, as ``control_experiments`` does.
-
-    Raises:
-        ConfigError: with every fault of the file.
-        UsageError: if there is no such control.
-    """
-    faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
-    if not allow_remote_code:
-        faults += refusals(experiment, registry)
-    if faults:
-        raise ConfigError(faults)
-    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
-    return control_experiments(builder, controls)
 
 
 def run(
@@ -199,9 +130,9 @@ def _run(
     """
     experiment = builder.experiment
     with open_run(runs, experiment) as directory:
-        states = _saved_states(experiment, directory)
+        states = saved_states(experiment, directory)
         origin = None
-        if not all(_is_complete(experiment, state) for state in states.values()):
+        if not all(is_complete(experiment, state) for state in states.values()):
             origin = _origin(experiment, compared_with) if compared_with else None
             sources = sources or open_sources(builder)
             for each in (builder, *controls.values()):
@@ -260,100 +191,9 @@ def _origin(experiment: Experiment, complete: Result) -> Origin:
     stages: list[str] = []
     if distributed.is_main():
         differing = stages_that_differ(given, experiment)
-        kept = can_be_taken(given, _states_on_disk(given, complete.directory), folders)
+        kept = can_be_taken(given, states_on_disk(given, complete.directory), folders)
         stages = [name for name in kept if name not in differing]
     return Origin(folders, complete.stages, distributed.from_main(stages))
-
-
-def evaluate(
-    experiment: Experiment,
-    registry: Registry,
-    model: nn.Module,
-    *,
-    stage: str | None = None,
-    dataset: str | None = None,
-    allow_remote_code: bool = False,
-) -> tuple[str, dict[str, float]]:
-    """Measure a model on one of the experiment's data sets, by default the test data.
-
-    Returns:
-        The data set's name and the metrics by name.
-
-    Raises:
-        DistillError: if there is no such data set.
-    """
-    chosen = find_stage(experiment, stage)
-    dataset = dataset or (
-        experiment.test.dataset if experiment.test else next(iter(chosen.data.validate), None)
-    )
-    if dataset is None or dataset not in experiment.datasets:
-        known = list(experiment.datasets)
-        asked = f"there is no data set '{dataset}' in" if dataset else "name a data set of"
-        hint = did_you_mean(dataset or "", known) or f" (there are: {', '.join(known)})"
-        raise UsageError(f"{asked} {experiment.document.file}{hint}")
-    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
-    device = chosen_device(experiment)
-    seed = experiment.seeds[0]
-    source = {dataset: builder.source(dataset)}
-    run = SeedRun(builder, seed, device, Path(), _tell_nobody, {}, source)
-    entries = experiment.test.metrics if experiment.test else chosen.metrics
-    metrics = run.metrics(entries)
-    if entries and not metrics:
-        names = ", ".join(entry.name for entry in entries)
-        raise UsageError(f"{names}: compared with a teacher, which is done during a run only")
-    how = evaluating(run, chosen)
-    model.to(device)
-    specials = {STUDENT: special_module(builder, chosen.student, model)}
-    return dataset, measure(model, source[dataset], metrics, how, specials=specials)
-
-
-def chosen_device(experiment: Experiment) -> torch.device:
-    """Return the device an experiment runs on.
-
-    Raises:
-        ConfigError: if it is not there.
-    """
-    try:
-        return distributed.device(experiment.device)
-    except DistillError as error:
-        raise experiment.error(("device",), str(error)) from error
-
-
-def open_sources(builder: Builder) -> dict[str, Source]:
-    """Open the data sets that stages and test use."""
-    experiment = builder.experiment
-    used = [name for s in experiment.stages for name in (s.data.train, *s.data.validate)]
-    used += [experiment.test.dataset] if experiment.test else []
-    # The main process first, since a data set may be downloaded.
-    if not distributed.is_main():
-        distributed.barrier()
-    sources = {name: builder.source(name) for name in dict.fromkeys(used)}
-    if distributed.is_main():
-        distributed.barrier()
-    return sources
-
-
-def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.device) -> None:
-    """Run two samples through every stage, so that the last one fails now and not in a week."""
-    seed = builder.experiment.seeds[0]
-    run = begin(builder, seed, device, sources)
-    experiment = builder.experiment
-    for stage in experiment.stages:
-        with ExitStack() as stack:
-            assembly = prepare(run, stage, stack).assembly
-            peers = list(stage.measured_peers)
-            place = stage.places.get("data.validate", stage.path)
-            roles = [role for role in (*assembly.roles, *peers) if role not in assembly.absent]
-            entries = stage.metrics
-            measured = [(name, roles, entries, place) for name in stage.data.validate]
-            if experiment.test is not None:
-                test = experiment.test
-                place = (*test.path, "dataset")
-                measured.append((test.dataset, [STUDENT, *peers], test.metrics, place))
-            for name, roles, entries, place in measured:
-                batch = run.first_measured(stage, sources[name], run.place(stage))
-                metrics = run.metrics(entries, stage.teachers)
-                rehearse_measuring(builder, assembly, sources[name], batch, roles, metrics, place)
 
 
 def _run_seed(
@@ -368,14 +208,14 @@ def _run_seed(
     *,
     profiles: bool = False,
 ) -> list[StageResult]:
-    if _is_complete(builder.experiment, state):
-        return _results(state)
+    if is_complete(builder.experiment, state):
+        return results_of(state)
     run = begin(builder, seed, device, sources, directory, tell)
     run.profiles = profiles
     first = 0
     if state is not None:
         first = state["stage"]
-        run.results = _results(state)
+        run.results = results_of(state)
         run.parts.resume_from(state["parts"])
         run.trained = set(state["models"])
         for name, weights in state["models"].items():
@@ -387,51 +227,6 @@ def _run_seed(
         else:
             train_stage(run, number, resumed)
     return run.results
-
-
-def _tell_nobody(event: str, content: Any) -> None:
-    """Drop an event: nobody watches a rehearsal."""
-
-
-def begin(
-    builder: Builder,
-    seed: int,
-    device: torch.device,
-    sources: Mapping[str, Source],
-    directory: Path = Path(),
-    tell: Tell = _tell_nobody,
-) -> SeedRun:
-    """Begin a run; teachers that may turn out not to be needed are left out of memory."""
-    stages = builder.experiment.stages
-    used = dict.fromkeys(name for stage in stages for name in stage.models)
-    unloaded = {name for name in used if may_stay_unloaded(builder, name)}
-    models = {}
-    for name in used:
-        with torch.device("meta") if name in unloaded else nullcontext():
-            models[name] = builder.model(name, seed)
-    return SeedRun(builder, seed, device, directory, tell, models, dict(sources), unloaded=unloaded)
-
-
-def _saved_states(experiment: Experiment, directory: Path) -> dict[int, Mapping[str, Any] | None]:
-    """Return each seed's checkpoint, read by the main process for all."""
-    states = _states_on_disk(experiment, directory) if distributed.is_main() else {}
-    return distributed.from_main(states)  # type: ignore[no-any-return]
-
-
-def _states_on_disk(experiment: Experiment, directory: Path) -> dict[int, Mapping[str, Any] | None]:
-    states: dict[int, Mapping[str, Any] | None] = {}
-    for seed in experiment.seeds:
-        file = seed_directory(directory, experiment, seed) / "checkpoint.pt"
-        states[seed] = load_state(file) if file.exists() else None
-    return states
-
-
-def _is_complete(experiment: Experiment, state: Mapping[str, Any] | None) -> bool:
-    return state is not None and state["stage"] == len(experiment.stages)
-
-
-def _results(state: Mapping[str, Any] | None) -> list[StageResult]:
-    return [StageResult(**result) for result in state["results"]] if state else []
 
 
 def _no_fractions(builder: Builder) -> set[str]:

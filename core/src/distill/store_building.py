@@ -11,18 +11,20 @@ from time import monotonic
 import torch
 
 from distill import distributed
+from distill.beginning import begin, chosen_device, open_sources
 from distill.config.experiment import Experiment, Stage
 from distill.data.loader import training_batches
 from distill.data.plan import Plan
 from distill.errors import UsageError
+from distill.experiment_check import check_to_run
 from distill.model.distiller import Distiller
 from distill.registry import Registry
-from distill.runner import begin, check_to_run, chosen_device, open_sources
 from distill.training.build import Builder
 from distill.training.in_memory import keep_data
 from distill.training.measuring import Measuring
 from distill.training.prepared import Prepared, prepare
 from distill.training.seed_run import SeedRun, memory_format
+from distill.training.stage_outputs import StageOutputs
 from distill.training.stored_stage import fingerprints_wanted, put_into_use, with_stored
 
 Say = Callable[[str], None]
@@ -104,6 +106,8 @@ def _build(run: SeedRun, stage: Stage, say: Say) -> None:
         assert distiller is not None
         for role, outputs in distiller.stores.items():
             say(f"stage {stage.name}: {role} -> {outputs.rows.folder}")
+            if isinstance(outputs, StageOutputs) and outputs.near:
+                say(f"  {outputs.near}")
         roles = prepared.assembly.roles
         Measuring(run, stage, roles, stores=prepared.stores).teachers()
         source = keep_data(run, stage)

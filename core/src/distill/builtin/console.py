@@ -19,7 +19,7 @@ from distill import (
     StageStart,
     StepEnd,
 )
-from distill.builtin.speed import profile_table, speed_line
+from distill.builtin.speed import PROFILED, profile_table, speed_line
 
 SECONDS_BETWEEN_PLAIN_LINES = 30
 MOST_METRICS_IN_A_LINE = 4
@@ -63,8 +63,9 @@ class Console(Observer):
     def stage_start(self, event: StageStart) -> None:
         """Name the stage, its student and its teachers."""
         seed = f"seed {event.position.seed}, " if self._seeds > 1 else ""
+        parameters = _count(event.parameters, "parameter")
         self._line(
-            f"\n{seed}stage {event.name}: {event.student} ({event.parameters:,} parameters, "
+            f"\n{seed}stage {event.name}: {event.student} ({parameters}, "
             f"{event.trainable:,} trained), {_count(event.epochs, 'epoch')} "
             f"of {_count(event.steps, 'step')}"
         )
@@ -130,7 +131,7 @@ class Console(Observer):
             self._line(f"  speed: {speed}")
         if event.result.profile:
             table = profile_table(event.result.profile).replace("\n", "\n  ")
-            self._line(f"  {table}")
+            self._line(f"  {table}\n  {PROFILED}")
         self._line(f"  student: {event.files[0]}")
 
     def run_end(self, event: RunEnd) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from distill import (
     StageStart,
     StepEnd,
 )
-from distill.builtin.speed import profile_table, speed_table
+from distill.builtin.speed import PROFILED, profile_table, speed_table
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -34,14 +34,30 @@ class ResultFiles(Observer):
     def run_start(self, event: RunStart) -> None:
         """Take up the metrics where the run goes on, and note what it runs on."""
         self._start = event
+        self._stores: dict[str, Callable[[], int]] = {}
         self._sessions = [*_read_sessions(event.directory), dict(event.environment)]
         _write_json(event.directory / ENVIRONMENT, self._sessions)
+        self._rows_before = _rows_before(event)
         _write(event.directory / METRICS, "".join(_still_valid(event)))
         self._metrics = (event.directory / METRICS).open("a", encoding="utf-8")
 
     def stage_start(self, event: StageStart) -> None:
-        """Record the teachers' quality."""
-        self._record("stage_start", event, stage=event.name, teachers=event.teachers)
+        """Record the teachers' quality, and what is stored, fast or in memory."""
+        seed = event.position.seed
+        told: list[Any] = [note for note in event.notes if hasattr(note, "about")]
+        self._stores = {note.report: note.rows for note in told if note.rows is not None}
+        self._record(
+            "stage_start",
+            event,
+            stage=event.name,
+            teachers=event.teachers,
+            options=[note.report for note in told],
+            rows={**self._rows_now(), **self._rows_before.get((seed, event.name), {})},
+        )
+
+    def _rows_now(self) -> dict[str, int]:
+        """Return how many rows there are now, by the line of a store."""
+        return {line: rows() for line, rows in self._stores.items()}
 
     def step_end(self, event: StepEnd) -> None:
         """Record a log line."""
@@ -82,7 +98,10 @@ class ResultFiles(Observer):
 
     def stage_end(self, event: StageEnd) -> None:
         """Record the stage's result."""
-        self._record("stage_end", event, stage=event.result.stage, result=vars(event.result))
+        result = vars(event.result)
+        self._record(
+            "stage_end", event, stage=event.result.stage, result=result, rows=self._rows_now()
+        )
         self._metrics.flush()
 
     def run_end(self, event: RunEnd) -> None:
@@ -90,6 +109,7 @@ class ResultFiles(Observer):
         self._end = event
         results = [vars(result) for result in event.results]
         _write_json(self._start.directory / RESULTS, results)
+        self._metrics.flush()
         report = _report(self._start, event, self._sessions)
         _write(self._start.directory / REPORT, report)
 
@@ -123,6 +143,20 @@ def _still_valid(event: RunStart) -> list[str]:
         return []
     lines = file.read_text("utf-8").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n") and _is_before(event, json.loads(line))]
+
+
+def _rows_before(event: RunStart) -> dict[tuple[int, str], dict[str, int]]:
+    """Return how many rows stores had when the stages began that the run is in the middle of."""
+    file, found = event.directory / METRICS, {}
+    text = file.read_text("utf-8") if event.resumed and file.exists() else ""
+    for written in text.splitlines(keepends=True):
+        line = json.loads(written) if written.endswith("\n") else {}
+        position = event.resumed.get(line.get("seed", -1))
+        if line.get("event") != "stage_start" or position is None or not position.epoch:
+            continue
+        if line["stage_number"] == position.stage:
+            found[line["seed"], line["stage"]] = line.get("rows", {})
+    return found
 
 
 def _is_before(event: RunStart, line: Mapping[str, Any]) -> bool:
@@ -179,6 +213,7 @@ def _report(
             for result in end.results
             if result.profile
         ),
+        *_options(folder / METRICS, len({result.seed for result in end.results}) > 1),
         "## Evaluation\n\n" + _code(_evaluation(folder, environment["command"])),
         "## Trained students\n\nEach model alone, for `load_state_dict(strict=True)`:\n\n"
         + "\n".join(f"- `{file}`" for file in students),
@@ -189,19 +224,59 @@ def _report(
     return "\n\n".join(sections) + "\n"
 
 
+def _options(metrics: Path, seeds: bool) -> list[str]:
+    """Return the section on what was stored, fast or in memory; none if nothing was."""
+    stages: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for text in metrics.read_text("utf-8").splitlines():
+        line = json.loads(text)
+        stages.setdefault((line["seed"], line["stage"]), []).append(line)
+    found: list[str] = []
+    for (seed, stage), lines in stages.items():
+        where = f", seed {seed}" if seeds else ""
+        found += [f"- {stage}{where}: {told}" for told in _options_of(lines)]
+    title = "## Stored outputs, fast teachers, data in memory"
+    return [f"{title}\n\n" + "\n".join(found)] if found else []
+
+
+def _options_of(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each of a stage's; of rows those of all sessions together are counted."""
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
+    options: dict[str, None] = {}
+    misfits = 0
+    for line in lines:
+        options.update(dict.fromkeys(line.get("options", ())))
+        after.update(line.get("rows", {}))
+        before = {**line.get("rows", {}), **before}
+        misfits += line.get("misfits", 0)
+    told = [
+        f"{text}: {_rows(before[text])} there before, {after[text] - before[text]:,} computed"
+        if text in before
+        else text
+        for text in options
+    ]
+    return [*told, *([f"{_rows(misfits)} did not fit, computed anew"] if misfits else [])]
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} {'row' if count == 1 else 'rows'}"
+
+
 def _speed(end: RunEnd, environment: Mapping[str, Any]) -> str:
     memory = "what tensors take on the GPU" if environment["gpu"] else "what the process takes"
     processes = ", of the process that takes most" if environment["processes"] > 1 else ""
+    is_profiled = any(result.profile for result in end.results)
+    steps = "every step but at most three in front" if is_profiled else "steps with a log line"
     return (
         f"{speed_table(end)}\n\nTraining is without measuring; samples are those of all "
-        "processes. The teachers' share is measured on steps with a log line. Peak memory is "
+        f"processes. The teachers' share is measured on {steps}. Peak memory is "
         f"{memory} at most{processes}, with what stages before have left."
     )
 
 
 def _profile(profile: Mapping[str, Mapping[str, float]], environment: Mapping[str, Any]) -> str:
-    waits = "\n\nEach part waited for the GPU, so these steps took longer than others."
-    return profile_table(profile) + (waits if environment["gpu"] else "")
+    waits = " Each part waited for the GPU, so these steps took longer than others."
+    return f"{profile_table(profile)}\n\n{PROFILED}{waits if environment['gpu'] else ''}"
 
 
 def _comparison(folder: Path, controls: ControlsEnd) -> str:

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from distill import RunEnd, StageEnd
 
 WITHOUT = "–"
+PROFILED = (
+    "Every step since the run was last started is measured, but at most three in front. Shares are "
+    "of their total time, medians of one step."
+)
 
 
 def speed_line(end: StageEnd) -> str:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from distill.data.batch import Batch, map_tensors
+from distill.data.batch import Batch
 from distill.global_batch import shared_out
-from distill.model.branches import Untraceable, without_side_branches
 from distill.model.capture import Capture, CaptureError, Complete
 from distill.model.controls import ControlError, OutputControl, controlled
 from distill.model.criterion import Criterion
+from distill.model.cutting import CutError, cut_branches
 from distill.model.fast import FastTeacher
+from distill.model.precision import Precision
 from distill.model.stored import Outputs
-from distill.model.wiring import Address, Call, CallError, Timer, Values, to_float32
+from distill.model.wiring import Address, Call, CallError, Timer, Values, value_name
 from distill.reference import STUDENT
 
 Extent = Literal["whole", "part", "nothing"]
@@ -102,11 +101,8 @@ class Distiller(nn.Module):
         self._tensors_asked = dict(parameters or {})
         self._specials = dict(specials or {})
         self._held: tuple[nn.Module, ...] = ()
-        self._autocast = autocast
+        self._precision = Precision(autocast, self.parameters())
         self._controls = dict(controls or {})
-        self._is_reduced = autocast is not None or any(
-            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.parameters()
-        )
         self._whole = frozenset(whole)
         self.extents = {role: self._extent(role) for role in self._models}
         self.extents.update({role: "nothing" for role in teachers if role not in present})
@@ -143,11 +139,11 @@ class Distiller(nn.Module):
                 self.run_auxiliary(call, of_models)
             return of_models
 
-        return self._in_precision(values)
+        return self._precision(values)
 
     def values_of_models(self, batch: Batch) -> Values:
         """Return what there is before auxiliary modules: what batch and models give, by name."""
-        return self._in_precision(lambda: self._of_models(batch))
+        return self._precision(lambda: self._of_models(batch))
 
     def fill_stores(self, batch: Batch) -> None:
         """Put what is missing of a batch into the stores; nothing but teachers runs."""
@@ -160,7 +156,7 @@ class Distiller(nn.Module):
             return values
 
         with torch.no_grad():
-            self._in_precision(stored)
+            self._precision(stored)
 
     def flush_stores(self) -> None:
         """Write to the stores what is still on its way there."""
@@ -176,7 +172,7 @@ class Distiller(nn.Module):
             return values
 
         with torch.no_grad():
-            return self._in_precision(computed)
+            return self._precision(computed)
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of student, auxiliary modules and losses; teachers keep theirs."""
@@ -316,56 +312,31 @@ class Distiller(nn.Module):
 
     def _prune(self, role: str, batch: Batch) -> None:
         """Leave out a model's side branches if what it gives without them is the same."""
-        model, parts = self.runs(role), self.parts_asked(role)
+        parts = self.parts_asked(role)
         is_other_mode = role == STUDENT and not self.training
         if parts is None or role in self._specials or is_other_mode:
             return
         paths = self.captures[role].paths if role in self.captures else ()
-        tapped = {path.partition("@")[0].partition(":")[0] for path in paths}
         try:
-            pruned = without_side_branches(model, tapped, parts)
-        except Untraceable as error:
-            self.untraced[role] = f"it cannot be traced ({error})"
+            pruned = cut_branches(self.runs(role), paths, parts, partial(self._gives, role, batch))
+        except CutError as error:
+            self.untraced[role] = str(error)
             return
-        if pruned is None:
-            return
-        if self._gives_the_same(role, pruned.module, batch):
+        if pruned is not None:
             self._pruned[role] = pruned.module
             self.branches[role] = pruned.left_out
-        else:
-            self.untraced[role] = "what its trace gives is not what it gives"
 
-    def _gives_the_same(self, role: str, pruned: nn.Module, batch: Batch) -> bool:
-        """Whether a model gives the same without its side branches as before it and after it.
-
-        One that counts its calls may agree by chance with one of the two.
-        """
-        try:
-            before = self._gives(role, batch)
-            self._pruned[role] = pruned
-            without = self._gives(role, batch)
-            del self._pruned[role]
-            after = self._gives(role, batch)
-        except Exception:  # foreign code in another form; what fails without it is told later
-            self._pruned.pop(role, None)
-            return False
-        return same_values(before, without) and same_values(without, after)
-
-    def _gives(self, role: str, batch: Batch) -> Values:
-        """Return what a step reads of a model, drawn from one seed."""
+    def _gives(self, role: str, batch: Batch, pruned: nn.Module | None) -> Values:
+        """Return what a step reads of a model, or of another form of it in its place."""
         values: Values = {}
-        with torch.no_grad(), _dropouts_off(self.runs(role)), torch.random.fork_rng():
-            torch.manual_seed(0)
+        if pruned is not None:
+            self._pruned[role] = pruned
+        try:
             self._run(values, role, batch)
+        finally:
+            self._pruned.pop(role, None)
         addresses = [address for call in self.calls() for address in call.addresses()]
         return {a.text: a.read(values) for a in addresses if a.value in values}
-
-    def _in_precision(self, function: Callable[[], Values]) -> Values:
-        if not self._is_reduced:
-            return function()
-        device_type, dtype = self._autocast or ("cpu", None)
-        with torch.autocast(device_type, dtype, enabled=self._autocast is not None):
-            return to_float32(function())  # type: ignore[no-any-return]
 
     def _of_models(self, batch: Batch) -> Values:
         values: Values = {
@@ -430,34 +401,3 @@ class Distiller(nn.Module):
 def call_model(model: nn.Module, special: nn.Module | None, batch: Batch) -> Any:
     """Call a model on a batch, by the special module around it if there is one."""
     return model(batch.inputs) if special is None else special(batch)
-
-
-def same_values(one: Any, other: Any) -> bool:
-    """Whether two values hold the same tensors; what else they hold does not matter."""
-    pairs: list[list[torch.Tensor]] = [[], []]
-    for value, found in zip((one, other), pairs, strict=True):
-        map_tensors(partial(_keep, found), value)
-    return len(pairs[0]) == len(pairs[1]) and all(map(torch.equal, *pairs))
-
-
-@contextmanager
-def _dropouts_off(model: nn.Module) -> Iterator[None]:
-    """Let dropouts pass: a model with fewer of them draws other numbers for the rest."""
-    dropouts = [m for m in model.modules() if isinstance(m, _DropoutNd) and m.training]
-    for module in dropouts:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in dropouts:
-            module.training = True
-
-
-def _keep(found: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    found.append(tensor)
-    return tensor
-
-
-def value_name(role: str, path: str) -> str:
-    """Return the name of a captured value: ``student.layer2``, ``teacher:input``."""
-    return f"{role}{'' if not path or path[0] in '@:' else '.'}{path}"

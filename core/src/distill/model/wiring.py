@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.data.batch import map_tensors
 from distill.errors import DistillError, did_you_mean
 
 Values = dict[str, Any]
@@ -165,10 +164,6 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def to_float32(value: Any) -> Any:
-    """Return ``value`` with every tensor of reduced precision as float32."""
-    return map_tensors(_widen, value)
-
-
-def _widen(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+def value_name(role: str, path: str) -> str:
+    """Return the name of a captured value: ``student.layer2``, ``teacher:input``."""
+    return f"{role}{'' if not path or path[0] in '@:' else '.'}{path}"

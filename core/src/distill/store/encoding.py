@@ -92,8 +92,8 @@ def layout(tensors: Mapping[str, Tensor], logits: str, samples: int, store: Stor
 def _field(name: str, tensor: Tensor, samples: int, store: Store, *, is_logits: bool) -> Field:
     if tensor.dim() == 0 or tensor.shape[0] % samples:
         raise DataError(
-            f"'{name}' has the shape {tuple(tensor.shape)} for {samples} samples, which does not "
-            "part by samples; a store keeps what begins with the dimension of the batch"
+            f"'{name}' has the shape {tuple(tensor.shape)} for a batch of {samples}, which does "
+            "not part by samples; a store keeps what begins with the dimension of the batch"
         )
     each, shape = tensor.shape[0] // samples, tuple(tensor.shape[1:])
     count = each * math.prod(shape)
@@ -127,8 +127,8 @@ def encode(form: Layout, tensors: Mapping[str, Tensor], samples: int) -> Tensor:
         expected = (samples * field.each, *field.shape)
         if tuple(tensor.shape) != expected:
             raise DataError(
-                f"'{field.name}' has the shape {tuple(tensor.shape)} for {samples} samples, where "
-                f"the store has {expected}; it keeps values of one shape only"
+                f"'{field.name}' has the shape {tuple(tensor.shape)} for a batch of {samples}, "
+                f"where the store has {expected}; it keeps values of one shape only"
             )
         flat = tensor.detach().reshape(samples, -1)
         parts.append(_bytes(_encoded(field, flat)))

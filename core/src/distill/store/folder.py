@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class Entry:
         filled: rows that have been written.
         nbytes: on disk.
         unused: days since it was last opened.
+        views: how many of a sample's views are there for all samples, and how many there are.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class Entry:
     filled: int
     nbytes: int
     unused: float
+    views: tuple[int, int] = (0, 1)
 
     @property
     def name(self) -> str:
@@ -50,20 +53,44 @@ def entries(stores: Path) -> list[Entry]:
     return sorted((_entry(folder) for folder in found), key=lambda entry: entry.unused)
 
 
+def unwritable(stores: Path) -> str:
+    """Return why no store can be made in a folder, and what to do; empty if one can.
+
+    The folder need not be there, and nothing is left behind.
+    """
+    there = next(path for path in (stores.absolute(), *stores.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=there):
+            return ""
+    except OSError as error:
+        why = error.strerror or str(error)
+        return f"no store can be made in {stores} ({why}); --stores DIR names another folder"
+
+
+def size_text(nbytes: int) -> str:
+    """Return bytes as a person reads them: ``12.3 MB``."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:,.1f} {unit}"
+    return f"{nbytes / 1000:,.1f} kB"
+
+
 def _folders(stores: Path) -> Iterator[Path]:
     if stores.is_dir():
         yield from (path for path in stores.iterdir() if path.is_dir() and not path.is_symlink())
 
 
 def _entry(folder: Path) -> Entry:
-    nbytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    nbytes = size_of(folder)
     unused = _age(folder / META) / DAY
     try:
         meta = read_meta(folder)
-        filled = open_rows(folder, touch=False).filled
+        rows = open_rows(folder, touch=False)
     except StorageError:
         return Entry(folder, None, 0, nbytes, unused)
-    return Entry(folder, meta, filled, nbytes, unused)
+    each = meta.get("identity", {}).get("views") or 1
+    complete = int((rows.checks["check"].reshape(-1, each) != 0).all(0).sum())
+    return Entry(folder, meta, rows.filled, nbytes, unused, (complete, each))
 
 
 def _age(path: Path) -> float:
@@ -112,8 +139,13 @@ def _is_store(folder: Path) -> bool:
     return bool(names) and names <= known
 
 
+def size_of(store: Path) -> int:
+    """Return how many bytes the files of a store have."""
+    return sum(file.stat().st_size for file in store.iterdir() if file.is_file())
+
+
 def remove(store: Path) -> int:
     """Remove a store and return how many bytes it had."""
-    nbytes = sum(file.stat().st_size for file in store.iterdir() if file.is_file())
+    nbytes = size_of(store)
     shutil.rmtree(store)
     return nbytes

@@ -159,7 +159,9 @@ def create(folder: Path, meta: Mapping[str, Any], rows: int, width: int) -> None
             if not is_sound(folder):  # else another process was first
                 raise
     except OSError as error:
-        raise StorageError(f"the store {folder} cannot be made: {error}") from error
+        why = error.strerror or error
+        text = f"the store {folder} cannot be made ({why}); --stores DIR names another folder"
+        raise StorageError(text) from error
 
 
 def _take_place(file: Path, size: int) -> None:

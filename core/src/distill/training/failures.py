@@ -15,8 +15,7 @@ from distill.data.source import Source
 from distill.errors import ConfigError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.controls import ControlError
-from distill.model.distiller import value_name
-from distill.model.wiring import CallError, describe, first_line
+from distill.model.wiring import CallError, describe, first_line, value_name
 from distill.reference import STUDENT, each_reference
 from distill.training.stage import Assembly
 

@@ -35,6 +35,7 @@ from distill.model.fast import (
 from distill.model.wiring import Address, first_line
 from distill.training.around import special_module
 from distill.training.build import Builder
+from distill.training.note import Note, counted
 from distill.training.seed_run import SeedRun, memory_format
 from distill.training.stage import REDUCED, Assembly
 from distill.training.traceless import buffers_kept
@@ -311,7 +312,8 @@ def _lines(
     how += ["compiled"] if asked.compile else []
     how += [f"on {form.device}"] if form.device != form.home else []
     found = "; ".join(distance.texts())
-    yield f"{role} is fast ({', '.join(how) or 'a copy'}): on {samples} training samples {found}"
+    on = counted(samples, "training sample")
+    yield Note(f"{role} is fast ({', '.join(how) or 'a copy'}): on {on} {found}", "fast")
     if form.refused:
         yield f"no BatchNorm of {role} is folded: {form.refused}"
     if not distance.is_finite:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from distill import distributed
 from distill.config.experiment import Stage
-from distill.data.keeping import NotKeepable, Split, keep, split
+from distill.data.keepable import NotKeepable, Split, split
+from distill.data.keeping import keep
 from distill.data.kept import OneByOne
 from distill.data.source import Source
 from distill.errors import ConfigError
+from distill.training.note import Note, counted
 from distill.training.seed_run import SeedRun
 
 
@@ -53,15 +55,18 @@ def memory_notes(run: SeedRun) -> Iterator[str]:
         applied = f", after {', '.join(kept.before)}" if kept.before else ""
         each = distributed.world_size()
         copies = f" by each of the {each} processes" if each > 1 else ""
-        yield (
-            f"the {len(kept):,} samples of data set '{kept.name}' are kept in memory{copies} "
-            f"({kept.nbytes / 1e6:,.1f} MB on {kept.device}){applied}"
+        # How much that is has been told before it was taken.
+        yield Note(
+            f"the {counted(len(kept), 'sample')} of data set '{kept.name}' "
+            f"{'is' if len(kept) == 1 else 'are'} kept in memory on {kept.device}{copies}{applied}",
+            "memory",
         )
         for step in kept.steps:
             how = "sample by sample" if isinstance(step, OneByOne) else "to whole batches"
             yield f"of data set '{kept.name}', {', '.join(step.names)} is applied {how}"
         if kept.bad:
-            yield f"{len(kept.bad):,} samples of data set '{kept.name}' cannot be read"
+            bad = counted(len(kept.bad), "sample")
+            yield f"{bad} of data set '{kept.name}' cannot be read"
 
 
 def _wanted(stage: Stage) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 from distill import distributed
 from distill.model.distiller import Distiller
+from distill.training.stage_outputs import StageOutputs
 
 if sys.platform != "win32":
     import resource
@@ -30,6 +31,8 @@ FORWARD = {
     "auxiliary": "auxiliary module {name}",
     "loss": "loss {name}",
 }
+STORED = "stored outputs of {name}"
+"""Reading them from a store, and writing to it what a teacher has computed."""
 WARM_UP = 3
 """Steps in front of which a profile takes no notice."""
 LONGEST = 10_000
@@ -57,7 +60,8 @@ class StepClock(Untimed):
     """Times the steps of a stage: some of them for the teachers' share, or all, part by part.
 
     A step that is timed waits for the device: at its ends and around its teachers; in every part if
-    it is profiled. Other steps wait for nothing.
+    it is profiled. Other steps wait for nothing. What is read from a store or written to it is a
+    part of its own, and no teacher's.
 
     Args:
         distiller: whose parts are timed.
@@ -85,6 +89,7 @@ class StepClock(Untimed):
     _parts: dict[str, float] = field(default_factory=dict)
     _of_teachers: float = 0.0
     _last: float = 0.0
+    _within: str = DATA
 
     def starts(self, done: int, steps: int) -> bool:
         """Start timing if the next step is to be timed, and return whether it is.
@@ -104,19 +109,46 @@ class StepClock(Untimed):
         if is_due:
             self._wait()
             self._parts, self._of_teachers, self._last = {}, 0.0, perf_counter()
-            self.distiller.timer = self.distiller.criterion.timer = self
+            self._attach(self)
         return is_due
 
     def __call__(self, kind: str, name: str, call: Callable[[], Any]) -> Any:
-        """Time a part of the forward."""
+        """Time a part of the forward, or of what is read for it."""
+        if kind == "store":
+            return self._stored(name, call)
         is_teacher = kind == "teacher"
         if not (is_teacher or self.profiles):
             return call()
         self._mark(OTHER)
+        self._within, read = FORWARD[kind].format(name=name), self._read(name)
         value = call()
-        took = self._mark(FORWARD[kind].format(name=name))
-        self._of_teachers += took if is_teacher else 0.0
+        if is_teacher and self._read(name) > read:
+            self._mark(STORED.format(name=name))
+        else:
+            self._mark(self._within, of_teacher=is_teacher)
+        self._within = DATA
         return value
+
+    def _stored(self, name: str, call: Callable[[], Any]) -> Any:
+        """Time what is read from a store or written to it, in the middle of another part."""
+        is_of_teacher = self._within == FORWARD["teacher"].format(name=name)
+        if not (is_of_teacher or self.profiles):
+            return call()
+        self._mark(self._within, of_teacher=is_of_teacher)
+        value = call()
+        self._mark(STORED.format(name=name))
+        return value
+
+    def _read(self, name: str) -> int:
+        """Return how many batches of a teacher have been read from its store."""
+        outputs = self.distiller.stores.get(name)
+        return outputs.read if isinstance(outputs, StageOutputs) else 0
+
+    def _attach(self, timer: StepClock | None) -> None:
+        self.distiller.timer = self.distiller.criterion.timer = timer
+        for outputs in self.distiller.stores.values():
+            if isinstance(outputs, StageOutputs):
+                outputs.timer = timer
 
     def lap(self, part: str, *, always: bool = False) -> None:
         """Count the time since the last lap."""
@@ -132,7 +164,7 @@ class StepClock(Untimed):
         """Count the step."""
         self._mark(OTHER)
         self._parts[OTHER] -= min(paused, self._parts[OTHER])
-        self.distiller.timer = self.distiller.criterion.timer = None
+        self._attach(None)
         whole = sum(self._parts.values())
         self.teachers += self._of_teachers
         self.steps += whole
@@ -156,12 +188,12 @@ class StepClock(Untimed):
         between = [part for part in self._totals if part not in (*first, *last)]
         return [part for part in (*first, *between, *last) if part in self._totals]
 
-    def _mark(self, part: str) -> float:
+    def _mark(self, part: str, *, of_teacher: bool = False) -> None:
         self._wait()
         now = perf_counter()
         took, self._last = now - self._last, now
         self._parts[part] = self._parts.get(part, 0.0) + took
-        return took
+        self._of_teachers += took if of_teacher else 0.0
 
     def _wait(self) -> None:
         for device in {self.device, *(form.device for form in self.distiller.fast.values())}:

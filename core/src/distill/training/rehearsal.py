@@ -23,8 +23,8 @@ from distill.data.source import Source
 from distill.errors import ConfigError, DataError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.criterion import TOTAL
-from distill.model.distiller import call_model, value_name
-from distill.model.wiring import Values, describe, first_line
+from distill.model.distiller import call_model
+from distill.model.wiring import Values, describe, first_line, value_name
 from distill.reference import STUDENT
 from distill.training.around import special_module
 from distill.training.build import Builder

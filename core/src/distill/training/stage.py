@@ -13,8 +13,8 @@ from distill.config.experiment import RANDOM_TEACHER, Stage
 from distill.errors import ConfigError, Fault
 from distill.model.controls import OutputControl, output_control
 from distill.model.criterion import Criterion
-from distill.model.distiller import Distiller, value_name
-from distill.model.wiring import Call
+from distill.model.distiller import Distiller
+from distill.model.wiring import Call, value_name
 from distill.reference import STUDENT
 from distill.training import sharding
 from distill.training.around import redesigned, special_module

@@ -9,6 +9,7 @@ from distill.data.plan import Plan
 from distill.model.adapter import Adapter
 from distill.model.distiller import Distiller
 from distill.reference import STUDENT
+from distill.training.note import counted
 from distill.training.rehearsal import Rehearsal
 from distill.training.stage import Assembly, why_whole
 from distill.training.stage_events import count_parameters
@@ -81,7 +82,8 @@ def _adapters(assembly: Assembly) -> Iterator[str]:
     for name, adapter in assembly.adapters.items():
         assert isinstance(adapter, Adapter)
         chosen = "; ".join(adapter.chosen)
-        yield f"the adapter of '{name}': {chosen} ({count_parameters(adapter):,} parameters)"
+        size = counted(count_parameters(adapter), "parameter")
+        yield f"the adapter of '{name}': {chosen} ({size})"
 
 
 def _begun_anew(assembly: Assembly) -> Iterator[str]:
@@ -99,13 +101,19 @@ def _begun_anew(assembly: Assembly) -> Iterator[str]:
 def _frozen(assembly: Assembly) -> Iterator[str]:
     if assembly.frozen:
         frozen = {parameter: parameter.numel() for parameter in assembly.frozen}
-        yield f"{sum(frozen.values()):,} parameters are frozen"
+        count = sum(frozen.values())
+        yield f"{counted(count, 'parameter')} {_are(count)} frozen"
     assert assembly.distiller is not None
     if assembly.left_out and assembly.distiller.extents[STUDENT] != "nothing":
+        count = sum(p.numel() for p in assembly.left_out)
         yield (
-            f"{sum(p.numel() for p in assembly.left_out):,} parameters of the student are left "
-            "out: no loss reaches them"
+            f"{counted(count, 'parameter')} of the student {_are(count)} left out: no loss reaches "
+            f"{'it' if count == 1 else 'them'}"
         )
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _data(assembly: Assembly, plan: Plan) -> Iterator[str]:

@@ -20,6 +20,7 @@ from torch import nn
 from distill.config.experiment import Component, Dataset, Stage, Teacher
 from distill.data.source import Source
 from distill.model.wiring import Address
+from distill.store.near import parts
 from distill.training.build import Builder
 
 VERSIONED = ("torch", "torchvision", "numpy", "PIL")
@@ -77,8 +78,8 @@ def identity(
 
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """Return the name of the store for an identity."""
-    text = json.dumps(identity, sort_keys=True, default=str)
+    """Return the name of the store for an identity: a hash over those of its parts."""
+    text = json.dumps(parts(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,28 +19,31 @@ from safetensors import SafetensorError
 from distill import distributed
 from distill.config.experiment import Stage, Teacher
 from distill.data.batch import Batch, map_tensors
-from distill.data.loader import Fingerprints
 from distill.data.plan import Plan
+from distill.data.reading_samples import Fingerprints
 from distill.data.source import Source
-from distill.errors import ConfigError, DataError
+from distill.errors import ConfigError, DataError, StorageError
 from distill.model.stored import Outputs
 from distill.model.wiring import Address
+from distill.store.folder import unwritable
 from distill.training.around import special_module
 from distill.training.build import Builder
 from distill.training.fast_teachers import make_fast
 from distill.training.measured_before import measured_key
 from distill.training.metrics import compares_with
+from distill.training.note import Note
 from distill.training.parts import Parts
 from distill.training.repeated_inputs import check_repeats
 from distill.training.seed_run import SeedRun
 from distill.training.stage import Assembly, assemble
+from distill.training.stage_outputs import StageOutputs
 from distill.training.store_identity import (
     digest,
     identity,
     weights_in,
     weights_of,
 )
-from distill.training.teacher_store import TeacherStore, first_of
+from distill.training.teacher_store import NO_LOGITS, TeacherStore, first_of, names
 
 META = torch.device("meta")
 
@@ -74,7 +78,9 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
     """Return the stores of a stage's teachers by role, whether they are there already or not.
 
     Raises:
-        ConfigError: if what a teacher is given is not the same in every epoch.
+        ConfigError: if what a teacher is given is not the same in every epoch, or is to be kept as
+            logits without being any.
+        StorageError: if a store is to be made where nothing can be written.
     """
     wanted = [role for role, teacher in stage.teachers.items() if teacher.store is not None]
     if not wanted:
@@ -82,11 +88,29 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
     source = run.sources[stage.data.train]
     check_repeats(run.builder, stage, wanted[0], source)
     asked = _asked(run.builder, stage)
-    return {
+    for role in wanted:
+        _check_encoding(run.builder, stage.teachers[role], asked[role], role)
+    stores = {
         role: _store(run, stage, role, asked[role], source)
         for role in wanted
         if asked[role].addresses
     }
+    is_made = all(store.is_there for store in stores.values())
+    refused = distributed.from_main("" if is_made else unwritable(run.builder.stores))
+    if refused:
+        raise StorageError(refused)
+    return stores
+
+
+def _check_encoding(builder: Builder, teacher: Teacher, asked: Asked, role: str) -> None:
+    """Refuse ``top_k`` where no logits are asked for."""
+    assert teacher.store is not None
+    if teacher.store.encoding != "top_k" or not asked.addresses:
+        return
+    if not any(address.value == role and not address.keys for address in asked.addresses):
+        path = (*teacher.path, "store", "encoding")
+        read = names(address.text for address in asked.addresses)
+        raise builder.experiment.error(path, NO_LOGITS.format(read))
 
 
 def _store(run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source) -> TeacherStore:
@@ -96,9 +120,8 @@ def _store(run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source) 
     place = run.seed, run.device.type
     known = identity(run.builder, stage, role, asked.addresses, model, weights, source, *place)
     rows = len(source) * (stage.data.views or 1)
-    return TeacherStore(
-        role, teacher, asked.addresses, asked.more, known, run.builder.stores / digest(known), rows
-    )
+    folder, data = run.builder.stores / digest(known), stage.data.train
+    return TeacherStore(role, teacher, asked.addresses, asked.more, known, folder, rows, data)
 
 
 def _weights(run: SeedRun, teacher: Teacher) -> str:
@@ -209,15 +232,18 @@ def put_into_use(
     """
     distiller = assembly.distiller
     assert distiller is not None
+    own = [store.folder.name for store in stores.values()]
     for role, store in stores.items():
         if role in assembly.absent:
             distiller.absent[role] = _late(run, assembly, role, batch)
             continue
+        near = ""
         if not distributed.from_main(store.is_there):
             if distributed.is_main():
+                near = store.near(own)
                 _make(run, assembly, store, batch)
             distributed.barrier()
-        distiller.stores[role] = store.open(assembly.stage)
+        distiller.stores[role] = store.open(assembly.stage, near)
 
 
 def _make(run: SeedRun, assembly: Assembly, store: TeacherStore, batch: Batch) -> None:
@@ -266,15 +292,35 @@ def _late(run: SeedRun, assembly: Assembly, role: str, batch: Batch) -> Callable
 
 
 def store_notes(assembly: Assembly) -> Iterator[str]:
-    """Tell where the outputs of teachers are stored, and what is there."""
+    """Tell where the outputs of teachers are stored, what is there, and what is in vain."""
     assert assembly.distiller is not None
+    stage = assembly.stage
     for role, outputs in assembly.distiller.stores.items():
         filled, rows = outputs.rows.filled, len(outputs.rows)
-        there = "all" if filled == rows else f"{filled:,}"
-        folder = outputs.rows.folder
-        kept = f"{role}'s outputs are stored in {folder}: {there} of {rows:,} are there"
-        is_absent = role in assembly.absent
-        yield kept + (", and the model, measured before, is not loaded" if is_absent else "")
+        is_full, is_absent = filled == rows, role in assembly.absent
+        there = "all" if is_full else f"{filled:,}"
+        kept = f"{role}'s outputs are stored in {outputs.rows.folder}"
+        unloaded = ", and the model, measured before, is not loaded" if is_absent else ""
+        now = partial(getattr, outputs.rows, "filled")
+        yield Note(f"{kept}: {there} of {rows:,} are there{unloaded}", "store", kept, now)
+        if isinstance(outputs, StageOutputs) and outputs.near:
+            yield f"{role}: {outputs.near}"
+        yield from _kept_otherwise(role, outputs)
+        if role in stage.compile and (is_full or is_absent):
+            yield f"compile does nothing for {role} in training: it is read from its store"
+        if stage.data.on_bad_sample == "skip" and not is_full and not is_absent:
+            yield (
+                f"on_bad_sample: skip: skipped samples have no row, so with any of them the store "
+                f"of {role} is never full and {role} is loaded in every run"
+            )
+
+
+def _kept_otherwise(role: str, outputs: Outputs) -> Iterator[str]:
+    """Tell what beside logits in ``top_k`` is kept in another encoding."""
+    fields = outputs.form.layout.fields
+    others = [field.name for field in fields if field.kept == "float16"]
+    if others and any(field.kept == "top_k" for field in fields):
+        yield f"encoding top_k is for the logits of {role}; {names(others)}: float16"
 
 
 def fingerprints_wanted(stage: Stage, stores: Iterable[str]) -> Fingerprints | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,18 @@ from distill.config.experiment import Stage, Teacher
 from distill.data.batch import Batch
 from distill.errors import DataError, StorageError
 from distill.model.distiller import Distiller
-from distill.model.stored import Form, Outputs, form_of
+from distill.model.stored import Form, form_of
 from distill.model.wiring import Address
 from distill.observer import Numbers
 from distill.store import rows as files
+from distill.store.near import nearest, parts
+from distill.training.stage_outputs import StageOutputs
 
 MEASURED = "measured.json"
+NO_LOGITS = (
+    "encoding top_k is for logits, which are a teacher's output as it is, and the stage reads only "
+    "{} of it, which would be kept in float16; write encoding: float16"
+)
 ALIKE = 1e-2
 """How much a sample's outputs may depend on its neighbours, relative to the largest of them."""
 
@@ -35,6 +41,7 @@ class TeacherStore:
         known: what the outputs depend on.
         folder: of the store.
         rows: it will have.
+        data: name of the data set, for people.
     """
 
     role: str
@@ -44,14 +51,24 @@ class TeacherStore:
     known: Mapping[str, Any]
     folder: Path
     rows: int
+    data: str = ""
 
     @property
     def is_there(self) -> bool:
         """Whether the store has been made."""
         return files.is_sound(self.folder)
 
-    def open(self, stage: Stage) -> Outputs:
+    def near(self, leave: Iterable[str]) -> str:
+        """Say what the store most like this one was made with; ``leave`` are not to be told of."""
+        teacher = self.teacher.model
+        return nearest(self.folder.parent, self.known, teacher, frozenset(leave))
+
+    def open(self, stage: Stage, near: str = "") -> StageOutputs:
         """Open the store.
+
+        Args:
+            stage: in which the teacher teaches.
+            near: what is to be said of another store that is not used.
 
         Raises:
             StorageError: if it is damaged beyond use.
@@ -61,7 +78,8 @@ class TeacherStore:
             raise StorageError(f"{self.folder} has {len(rows):,} rows instead of {self.rows:,}")
         form = Form.of_plain(rows.meta["form"])
         views = stage.data.views or 1
-        return Outputs(rows, form, views, len(stage.data.batch_transforms))
+        mixed = len(stage.data.batch_transforms)
+        return StageOutputs(rows, form, views, mixed, role=self.role, near=near)
 
     def make(self, distiller: Distiller, batch: Batch, alone: Batch) -> None:
         """Make an empty store in the form of what the teacher gives for a few samples.
@@ -79,9 +97,19 @@ class TeacherStore:
         values = _given(distiller, self.role, batch)
         assert self.teacher.store is not None
         form = form_of(values, self.addresses, self.role, samples, self.teacher.store)
+        self._check_encoding(form)
         self._check_alone(distiller, alone, form, values, samples)
-        meta = {"identity": self.known, "form": form.plain()}
+        about = {"teacher": self.teacher.model, "data": self.data}
+        known = {"identity": self.known, "parts": parts(self.known)}
+        meta = {**known, "about": about, "form": form.plain()}
         files.create(self.folder, meta, self.rows, form.layout.width)
+
+    def _check_encoding(self, form: Form) -> None:
+        """Refuse ``top_k`` where there are no logits to keep so."""
+        assert self.teacher.store is not None
+        kept = {field.kept for field in form.layout.fields}
+        if self.teacher.store.encoding == "top_k" and "top_k" not in kept:
+            raise DataError(NO_LOGITS.format(names(field.name for field in form.layout.fields)))
 
     def _check_alone(
         self,
@@ -128,6 +156,11 @@ class TeacherStore:
         temporary = file.with_name(f".{MEASURED}.{random.getrandbits(32):x}")
         temporary.write_text(json.dumps({**known, key: dict(numbers)}))
         temporary.replace(file)
+
+
+def names(values: Iterable[str]) -> str:
+    """Return what is read of a teacher, in quotes."""
+    return ", ".join(f"'{value}'" for value in values)
 
 
 def _given(distiller: Distiller, role: str, batch: Batch) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from distill import distributed
 from distill.config.experiment import Stage
 from distill.data.batch import map_tensors
 from distill.data.plan import Plan
-from distill.model.distiller import Distiller, value_name
-from distill.model.wiring import Values
+from distill.model.distiller import Distiller
+from distill.model.wiring import Values, value_name
 from distill.observer import TermGradients
 from distill.reference import STUDENT
 

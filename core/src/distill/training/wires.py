@@ -15,8 +15,7 @@ from distill.config.experiment import Auxiliary, Experiment, Stage, Term, Wired
 from distill.config.yaml_document import Path
 from distill.errors import Fault, did_you_mean
 from distill.model.capture import find_module, split_path, unknown_module
-from distill.model.distiller import value_name
-from distill.model.wiring import Address, Call, Source
+from distill.model.wiring import Address, Call, Source, value_name
 from distill.reference import (
     BATCH_VALUES,
     DEFAULT_WIRED,

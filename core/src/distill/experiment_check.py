@@ -1,0 +1,105 @@
+"""Everything that can be wrong with an experiment, told before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+
+import torch
+
+from distill.beginning import begin, chosen_device, open_sources
+from distill.config.experiment import Control, Experiment
+from distill.control_runs import control_experiments
+from distill.data.source import Source
+from distill.errors import ConfigError
+from distill.plugins import plugins
+from distill.reference import STUDENT
+from distill.registry import Registry
+from distill.training.build import Builder
+from distill.training.check import check as find_faults
+from distill.training.check import refusals
+from distill.training.prepared import prepare
+from distill.training.rehearsal import rehearse_measuring
+from distill.undrawn import Undrawn
+
+
+def check(
+    experiment: Experiment,
+    registry: Registry | None = None,
+    *,
+    data: bool = False,
+    allow_remote_code: bool = False,
+) -> None:
+    """Check components, parameters and references, all before anything expensive.
+
+    Args:
+        experiment: what ``load`` returns.
+        registry: what ``plugins`` returns; by default everything installed.
+        data: whether to open data sets and checkpoints too, and to run two samples through every
+            stage.
+        allow_remote_code: whether components may fetch code from elsewhere and run it. Without,
+            they and what refers to them are not checked, and with ``data`` they are faults.
+
+    Raises:
+        ConfigError: with every fault of the file.
+        DataError: if data is missing or does not fit a model.
+    """
+    registry = registry or plugins()
+    if data:
+        check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
+        builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
+        device = chosen_device(experiment)
+        rehearse_all(builder, open_sources(builder), device)
+        return
+    with Undrawn():
+        faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
+    if faults:
+        raise ConfigError(faults)
+
+
+def check_to_run(
+    experiment: Experiment,
+    registry: Registry,
+    *,
+    allow_remote_code: bool,
+    controls: Iterable[str] = (),
+) -> dict[Control, Experiment]:
+    """Check as ``check`` does; code from elsewhere that is not allowed is a fault too.
+
+    Returns:
+        The experiment with each control, as ``control_experiments`` does.
+
+    Raises:
+        ConfigError: with every fault of the file.
+        UsageError: if there is no such control.
+    """
+    faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
+    if not allow_remote_code:
+        faults += refusals(experiment, registry)
+    if faults:
+        raise ConfigError(faults)
+    builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
+    return control_experiments(builder, controls)
+
+
+def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.device) -> None:
+    """Run two samples through every stage, so that the last one fails now and not in a week."""
+    seed = builder.experiment.seeds[0]
+    run = begin(builder, seed, device, sources)
+    experiment = builder.experiment
+    for stage in experiment.stages:
+        with ExitStack() as stack:
+            assembly = prepare(run, stage, stack).assembly
+            peers = list(stage.measured_peers)
+            place = stage.places.get("data.validate", stage.path)
+            roles = [role for role in (*assembly.roles, *peers) if role not in assembly.absent]
+            entries = stage.metrics
+            measured = [(name, roles, entries, place) for name in stage.data.validate]
+            if experiment.test is not None:
+                test = experiment.test
+                place = (*test.path, "dataset")
+                measured.append((test.dataset, [STUDENT, *peers], test.metrics, place))
+            for name, roles, entries, place in measured:
+                batch = run.first_measured(stage, sources[name], run.place(stage))
+                metrics = run.metrics(entries, stage.teachers)
+                rehearse_measuring(builder, assembly, sources[name], batch, roles, metrics, place)
