@@ -83,7 +83,7 @@ def test_a_copied_preset_has_no_faults(name: str) -> None:
     assert _distill("cp", name) == f"wrote {name}.yaml\n"
     stages = STAGES.get(name, 1)
     printed = _distill("check", f"{name}.yaml")
-    assert printed.startswith(f"{name}.yaml: no faults ({stages} stages, ")
+    assert printed.startswith(f"{name}.yaml: no faults ({stages} stage")
 
 
 @pytest.mark.parametrize("name", FEATURES)

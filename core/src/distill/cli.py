@@ -126,6 +126,7 @@ def run(
 @click.option(
     "--data", is_flag=True, help="Open data sets and checkpoints too, and run two samples."
 )
+@stores_option
 @quick()
 def check(
     file: Path,
@@ -133,6 +134,7 @@ def check(
     plugin_files: Sequence[Path],
     allow_remote_code: bool,
     data: bool,
+    stores: Path,
 ) -> None:
     """Report everything that is wrong with an experiment file, without running it.
 
@@ -146,9 +148,12 @@ def check(
     from distill.experiment_check import check as check_experiment
     from distill.training.check import refusals
 
-    check_experiment(experiment, registry, data=data, allow_remote_code=allow_remote_code)
+    allowed = {"allow_remote_code": allow_remote_code}
+    check_experiment(experiment, registry, data=data, stores=stores, **allowed)
+    stages, models = len(experiment.stages), len(experiment.models)
     click.echo(
-        f"{file}: no faults ({len(experiment.stages)} stages, {len(experiment.models)} models)"
+        f"{file}: no faults ({stages} stage{'s' * (stages != 1)}, "
+        f"{models} model{'s' * (models != 1)})"
     )
     if not allow_remote_code:
         for fault in refusals(experiment, registry):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,7 @@ from distill.errors import ConfigError
 from distill.plugins import plugins
 from distill.reference import STUDENT
 from distill.registry import Registry
-from distill.training.build import Builder
+from distill.training.build import STORES, Builder
 from distill.training.check import check as find_faults
 from distill.training.check import refusals
 from distill.training.prepared import prepare
@@ -29,6 +31,7 @@ def check(
     *,
     data: bool = False,
     allow_remote_code: bool = False,
+    stores: str | os.PathLike[str] = STORES,
 ) -> None:
     """Check components, parameters and references, all before anything expensive.
 
@@ -39,15 +42,18 @@ def check(
             stage.
         allow_remote_code: whether components may fetch code from elsewhere and run it. Without,
             they and what refers to them are not checked, and with ``data`` they are faults.
+        stores: the folder in which outputs of teachers are stored, for ``data``.
 
     Raises:
         ConfigError: with every fault of the file.
+        StorageError: if outputs are to be stored where nothing can be written.
         DataError: if data is missing or does not fit a model.
     """
     registry = registry or plugins()
     if data:
         check_to_run(experiment, registry, allow_remote_code=allow_remote_code)
-        builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
+        allowed = {"allow_remote_code": allow_remote_code}
+        builder = Builder(experiment, registry, stores=Path(stores), **allowed)
         device = chosen_device(experiment)
         rehearse_all(builder, open_sources(builder), device)
         return
