@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ def quick() -> Iterator[None]:
     Collections find next to nothing while modules are imported, and look through all of torch; so
     do those of a process that ends.
     """
-    atexit.register(gc.freeze)
+    atexit.register(_end_quickly)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -26,3 +27,9 @@ def quick() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _end_quickly() -> None:
+    # Triton, which comes with torch's compiler, would complain of what is not collected.
+    if "triton" not in sys.modules:
+        gc.freeze()
