@@ -43,7 +43,6 @@ class Optimization:
         verdict: of the last step that was deferred: above 0 if its gradient was not finite, and the
             scale of the loss behind it, 0 without a scaler.
         parameters: everything that is trained.
-        device: theirs.
     """
 
     optimizer: torch.optim.Optimizer
@@ -121,7 +120,8 @@ class Optimization:
             self.split.hand_over()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        found = sharding.not_finite_anywhere([*self._gradients(), *self._apart()], self.device)
+        device = self.parameters[0].device
+        found = sharding.not_finite_anywhere([*self._gradients(), *self._apart()], device)
         if self.clip.norm is not None:
             norm = self._norm()
             found = torch.maximum(found, (~norm.isfinite()).to(found))
@@ -146,7 +146,6 @@ class Optimization:
         self.parameters: list[nn.Parameter] = [
             p for group in self.optimizer.param_groups for p in group["params"]
         ]
-        self.device = self.parameters[0].device
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -245,8 +244,9 @@ def build_optimization(
     if terms and criterion is not None:
         optimization.split = Split(optimizer, criterion, terms, optimization.parameters)
     optimization.leaves_out = is_fused(optimizer) and not sharding.is_sharded(stage)
-    # Without a fused optimizer a scaler itself waits, to leave a step out.
-    waits = scaler is not None and not optimization.leaves_out
+    # A scaler itself waits, to leave a step out, unless a fused optimizer does that.
+    is_left_out = optimization.leaves_out and optimization.split is None
+    waits = scaler is not None and not is_left_out
     optimization.defers = device.type == "cuda" and not waits
     return optimization
 
