@@ -13,7 +13,7 @@ from distill.model.criterion import Criterion
 from distill.model.wiring import Call
 from distill.training.loop import Loop
 from distill.training.non_finite import LAG, NonFinite
-from distill.training.optimizer import Optimization
+from distill.training.optimizer import Optimization, begin_momentum
 from distill.training.split_gradients import Split
 
 CPU = torch.device("cpu")
@@ -68,9 +68,9 @@ class Given(nn.Module):
 
 
 def optimization_of(parameters, name, defers, **options):
-    optimization = Optimization(OPTIMIZERS[name](parameters), defers=defers, **options)
-    optimization.leaves_out = name in FUSED
-    return optimization
+    optimizer = OPTIMIZERS[name](parameters)
+    begin_momentum(optimizer)
+    return Optimization(optimizer, defers=defers, leaves_out=name in FUSED, **options)
 
 
 def parameters_of(seed=0):
@@ -202,6 +202,42 @@ def test_in_fp16_an_overflow_is_left_out_and_counted(name):
     loop_of(plain, name).epoch(batches(2))
     assert summary.overflows == 1
     assert torch.equal(module.weight, plain.weight)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("defers", [True, False])
+def test_an_overflow_in_the_very_first_step_leaves_nothing_behind(name, defers):
+    torch.empty(10**6).fill_(1e30)  # what uninitialised memory may be
+    module, plain = Given(math.inf, math.inf, 1.0, 1.0), Given(1.0, 1.0)
+    for one, count in ((module, 4), (plain, 2)):
+        optimization = optimization_of(
+            one.parameters(), name, defers, scaler=torch.amp.GradScaler("cpu")
+        )
+        Loop(one, optimization, CPU, 7, "kd").epoch(batches(count))
+    assert torch.equal(module.weight, plain.weight)
+
+
+def test_with_fused_momentum_a_parameter_may_have_its_first_gradient_later():
+    found = []
+    for name in ("SGD", "fused SGD"):
+        parameters = parameters_of()
+        optimization = optimization_of(parameters, name, True)
+        for number in range(1, 3):
+            follow(optimization, parameters[:number])
+        found.append(parameters)
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_in_fp16_an_infinite_norm_of_finite_elements_is_no_overflow(name):
+    parameters = parameters_of()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    optimization = optimization_of(parameters, name, True, clip=Clip(norm=1.0), scaler=scaler)
+    follow(optimization, parameters, factor=1e30)
+    found, scale = optimization.verdict.tolist()
+    assert found > 0
+    assert scale == 0
 
 
 def test_in_fp16_a_loss_that_is_not_finite_is_no_overflow():

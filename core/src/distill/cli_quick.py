@@ -7,8 +7,12 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from distill.without_dynamo import without_dynamo
+
+PROGRAM = {"distill", "__main__"}
+"""What a process is called that is a command alone; others go on behind it."""
 
 
 @contextmanager
@@ -18,7 +22,8 @@ def quick() -> Iterator[None]:
     Collections find next to nothing while modules are imported, and look through all of torch; so
     do those of a process that ends.
     """
-    atexit.register(_end_quickly)
+    if Path(sys.argv[0]).stem in PROGRAM:
+        atexit.register(_end_quickly)
     was_enabled = gc.isenabled()
     gc.disable()
     try:

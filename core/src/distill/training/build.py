@@ -172,7 +172,7 @@ class Builder:
                 dataset = self.component("dataset_wrappers", wrapper, dataset)
             joint = self.components("transforms", spec.joint_transforms)
             transforms = self.components("transforms", spec.transforms)
-            batched = [self.batched_form(transform) for transform in spec.transforms]
+            batched = [self._batched(transform) for transform in spec.transforms]
             put_together = self.component("collates", spec.collate) if spec.collate else collate
         source = Source(name, dataset, transforms, joint, put_together, batched)
         if len(source) == 0:
@@ -180,7 +180,7 @@ class Builder:
             raise DataError(str(fault))
         return source
 
-    def batched_form(self, transform: Component) -> Any:
+    def _batched(self, transform: Component) -> Any:
         """Return the form of a transform for whole batches, ``None`` if its plugin has none."""
         offers = self.registry.entries("batched_transforms")
         own = self.registry.find("transforms", transform.type)

@@ -19,7 +19,6 @@ from distill.training.metrics import compares_with
 from distill.training.optimizer import build_schedule
 from distill.training.parameter_groups import parameter_groups
 from distill.training.parts import Parts, is_built
-from distill.training.repeated_inputs import faults_of_transforms
 from distill.training.split_gradients import terms_apart
 from distill.training.stage import Assembly, assemble
 
@@ -88,8 +87,6 @@ class _Checker:
         if stage.optimizer.component.type:  # else it is missing, which is a fault of the frame
             self._optimization(stage)
         self._metrics(stage)
-        with torch.device("cpu"):
-            self.faults += faults_of_transforms(self.builder, stage)
 
     def _selections(self, stage: Stage, assembly: Assembly) -> None:
         """Look whether what the file freezes and groups is there, unless it is not built yet."""

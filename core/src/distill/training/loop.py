@@ -118,8 +118,8 @@ class Loop:
             steps: of an epoch, for the clock, which times none without.
             on_log: given the progress every ``log_every`` steps.
             after_step: told after each step how many of the stage are over and whether the gradient
-                was followed, which it is not after an overflow in fp16; may return how many seconds
-                it took that are no training.
+                was followed, which it is not after an overflow in fp16, unless that is known later
+                only; may return how many seconds it took that are no training.
 
         Raises:
             NonFinite: if a gradient is not finite; the weights are then as before the step, unless

@@ -116,12 +116,14 @@ class Optimization:
         A fused optimizer leaves it out by itself if it is not. Others follow it all the same, and
         what they spoil is thrown away with the run, which ends as soon as the verdict is read.
         """
+        assert self.scaler is None or self.split is None, "a scaler waits for what is taken apart"
         if self.split is not None:
             self.split.hand_over()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         device = self.parameters[0].device
         found = sharding.not_finite_anywhere([*self._gradients(), *self._apart()], device)
+        overflown = found
         if self.clip.norm is not None:
             norm = self._norm()
             found = torch.maximum(found, (~norm.isfinite()).to(found))
@@ -131,7 +133,8 @@ class Optimization:
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            scale = self.scaler.scale(torch.ones_like(found))
+            # A scaler does not see an infinite norm, which a lower scale would not mend.
+            scale = self.scaler.scale(overflown)
         elif self.leaves_out:
             # What GradScaler tells fused optimizers in the same way, who look for exactly 1.
             self.optimizer.found_inf = found  # type: ignore[attr-defined]
@@ -173,10 +176,14 @@ class Optimization:
         """Go on from a saved state."""
         if self.schedule is not None:
             self.schedule.start_from(state["schedule"])
+        saved = sharding.parted(state["optimizer"], self.parameters)
+        # How it computes depends on the device, not on the checkpoint; where steps are counted too.
         forms = [{key: group[key] for key in FORMS & group.keys()} for group in self._groups]
-        self.optimizer.load_state_dict(sharding.parted(state["optimizer"], self.parameters))
-        for group, form in zip(self._groups, forms, strict=True):
-            group.update(form)  # which depends on the device, not on the checkpoint
+        groups = [
+            {**group, **form} for group, form in zip(saved["param_groups"], forms, strict=True)
+        ]
+        self.optimizer.load_state_dict({**saved, "param_groups": groups})
+        begin_momentum(self.optimizer)
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.scaler is not None:
@@ -237,6 +244,7 @@ def build_optimization(
     if device.type == "cuda" and not _has_sparse(trained.values()):
         component = fused(builder, component)
     optimizer = builder.component("optimizers", component, groups)
+    begin_momentum(optimizer)
     schedule = build_schedule(builder, stage, optimizer)
     scaler = torch.amp.GradScaler(device.type) if stage.precision == "fp16" else None
     optimization = Optimization(optimizer, schedule, scaler, stage.clip)
@@ -261,6 +269,8 @@ def fused(builder: Builder, component: Component) -> Component:
     offered = inspect.signature(factory).parameters
     if "fused" not in offered or choices & component.params.keys():
         return component
+    if component.params.get("dampening"):  # see ``begin_momentum``
+        return component
     return replace(component, params={**component.params, "fused": True})
 
 
@@ -274,6 +284,23 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     groups = optimizer.param_groups
     knows = getattr(optimizer, "_step_supports_amp_scaling", False)
     return bool(knows) and all(group.get("fused") for group in groups)
+
+
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give a fused SGD the zeros that its momentum begins with.
+
+    Where there are none, torch takes uninitialised memory for the first gradient's, and leaves it
+    as it is if that step is left out; and it fails where a parameter has its first gradient later
+    than others. With dampening a first step is not one from zero.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or not is_fused(optimizer):
+        return
+    for group in optimizer.param_groups:
+        if group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def build_schedule(

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import torch
 
 from distill import randomness
-from distill.config.experiment import Component, Stage
+from distill.config.experiment import Stage
 from distill.data.batch import collate
 from distill.data.source import Source
-from distill.errors import ConfigError, DataError, Fault, PluginError
+from distill.errors import DataError
 from distill.training.build import Builder
 
-DRAWN_ANEW = (
-    "{} random numbers in every epoch, so that the teacher never sees an image of data set '{}' "
-    "twice and nothing stored of it could be used again; write data: {{views: 4}} to draw 4 views "
-    "of each sample once and for all, or take out what is random"
-)
 LOOKED_AT = 8
 """So many samples are read to find out whether anything draws random numbers."""
 
@@ -40,31 +34,13 @@ def check_repeats(builder: Builder, stage: Stage, role: str, source: Source) -> 
         raise builder.experiment.error(path, message)
     if stage.data.views is not None or not _draws(source):
         return
-    raise builder.experiment.error(path, DRAWN_ANEW.format("its transforms draw", source.name))
-
-
-def faults_of_transforms(builder: Builder, stage: Stage) -> Iterator[Fault]:
-    """Yield what ``check_repeats`` finds, as far as transforms say of themselves that they draw.
-
-    Those say so that have a form for whole batches. No data is opened.
-    """
-    described = builder.experiment.datasets.get(stage.data.train)
-    if described is None or stage.data.views is not None:
-        return
-    drawing = [entry.type for entry in described.transforms if _says_it_draws(builder, entry)]
-    for teacher in stage.teachers.values() if drawing else ():
-        if teacher.store is not None:
-            who = f"{' and '.join(drawing)} draw{'s' if len(drawing) == 1 else ''}"
-            message = DRAWN_ANEW.format(who, stage.data.train)
-            yield builder.experiment.fault((*teacher.path, "store"), message)
-
-
-def _says_it_draws(builder: Builder, transform: Component) -> bool:
-    try:
-        form = builder.batched_form(transform)
-    except (ConfigError, PluginError):  # told where it is built
-        return False
-    return form is not None and form.draws > 0
+    message = (
+        "its transforms draw random numbers in every epoch, so that the teacher never sees an "
+        f"image of data set '{source.name}' twice and nothing stored of it could be used again; "
+        "write data: {views: 4} to draw 4 views of each sample once and for all, or take out what "
+        "is random"
+    )
+    raise builder.experiment.error(path, message)
 
 
 def _collate_draws(source: Source) -> bool:

@@ -21,7 +21,7 @@ def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
         _fill(bank)
         return bank
     parts = bank.split(DRAWN_APART)
-    seeds = torch.randint(2**62, (len(parts),)).tolist()
+    seeds = torch.randint(2**62, (len(parts),), device="cpu").tolist()
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         list(threads.map(lambda part, seed: _fill(part, _seeded(seed)), parts, seeds))
     return bank
