@@ -280,7 +280,7 @@ def test_the_report_says_what_was_stored_fast_and_in_memory(tmp_path):
         "## Stored outputs, fast teachers, data in memory\n\n"
         "- a: teacher's outputs in x: 1 row there before, 30 computed\n"
         "- a: t is fast: KL 0\n"
-        "- a: 2 rows did not fit, computed anew\n\n## Evaluation"
+        "- a: 2 rows of those did not fit and were computed, counted each epoch\n\n## Evaluation"
     ) in report
     assert "a line for the console" not in report
 

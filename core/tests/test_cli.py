@@ -183,7 +183,7 @@ def test_an_interruption_says_how_to_go_on(distill, exp, monkeypatch):
     monkeypatch.setattr("distill.runner.run", interrupt)
     result = distill("run", exp)
     assert result.exit_code == 75
-    assert "the same command goes on from the last epoch's end" in result.stderr
+    assert "the same command goes on from the end of the last epoch" in result.stderr
 
 
 def test_other_ranks_say_nothing(distill, exp, experiment_text, monkeypatch):

@@ -404,6 +404,12 @@ def test_top_k_where_only_features_are_read_is_an_error_at_its_place(tmp_path):
     assert not (tmp_path / "stores").exists()
 
 
+def test_a_check_without_data_finds_it_too(tmp_path):
+    experiment = described(tmp_path / "first", TOP, criterion={"hint": HINT})
+    with pytest.raises(ConfigError, match="encoding top_k is for logits"):
+        distill.check(experiment, registry())
+
+
 def test_top_k_of_an_output_in_parts_is_an_error(tmp_path):
     match = {"type": "MSELoss", "inputs": {"input": "student", "target": "teacher.logits"}}
     stage = {"teacher": "Parts", "criterion": {"match": match}, "metrics": []}

@@ -217,7 +217,7 @@ def test_a_teacher_that_is_stored_is_not_loaded(tmp_path):
     run(described(tmp_path / "second", True, teacher="Teacher"), heard=heard)
     assert (first > 0, Teacher.ran) == (True, 0)
     assert any(
-        "all of 40 are there, and the model, measured before, is not loaded" in n
+        "all of 40 are there, and the model, measured before, is loaded only if" in n
         for n in heard.notes
     )
     assert heard.teachers[0]["teacher"].keys() == {"accuracy"}
@@ -506,7 +506,7 @@ def test_a_store_is_built_listed_verified_and_removed(on_disk, tmp_path):
     code, said = distill_command("store", "build", "toy.yaml", *on_disk)
     assert (code, "40 of 40 rows are there" in said) == (0, True)
     code, said = distill_command("run", "toy.yaml", *on_disk)
-    assert "all of 40 are there, and the model, measured before, is not loaded" in said
+    assert "all of 40 are there, and the model, measured before, is loaded only if" in said
     (name,) = [path.name for path in stores(tmp_path)]
     said = distill_command("store", "ls")[1].splitlines()
     *cells, size, used = [cell for cell in said[1].split("  ") if cell]
@@ -580,3 +580,19 @@ def test_verifying_a_damaged_store_ends_with_a_code_of_its_own(on_disk, tmp_path
     assert (
         "there are no stores in nowhere" in distill_command("store", "gc", "--stores", "nowhere")[1]
     )
+
+
+def test_a_store_that_may_only_be_read_is_used_and_told_of(tmp_path, monkeypatch):
+    write_text, data = Path.write_text, {"train": "val", "validate": "val", "batch_size": 8}
+
+    def refused(path, *args, **options):
+        if "measured" in path.name:
+            raise PermissionError(13, "Permission denied")
+        return write_text(path, *args, **options)
+
+    monkeypatch.setattr("distill.store.rows.os.access", lambda *_: False)
+    monkeypatch.setattr(Path, "write_text", refused)
+    heard = Notes()
+    assert student(run(described(tmp_path / "first", True, data=data), heard=heard))
+    told = "may only be read: what is missing is computed in every epoch and not kept"
+    assert any(told in note for note in heard.notes)

@@ -27,9 +27,8 @@ class Group(click.Group):
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
-                click.echo(
-                    "\nstopped; the same command goes on from the last epoch's end", err=True
-                )
+                end = "the end of the last epoch, if one has ended"
+                click.echo(f"\nstopped; the same command goes on from {end}", err=True)
             ctx.exit(RESUMABLE)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise

@@ -25,7 +25,7 @@ DATA = 5
 def store() -> None:
     """Store outputs of teachers ahead of a run, list them, look after them.
 
-    A stage with `teacher: {model: ..., store: true}` fills its store in its first epoch by itself.
+    A stage with `teacher: {model: ..., store: true}` fills its store as it trains.
     """
 
 
@@ -229,8 +229,11 @@ def gc(unused: float, dry_run: bool, stores: Path) -> None:
     freed = 0
     for folder in garbage(stores, unused):
         nbytes = size_of(folder)
+        if not dry_run:
+            try:
+                remove(folder)
+            except OSError as error:
+                raise StorageError(f"{folder} cannot be removed: {error.strerror}") from error
         freed += nbytes
         click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size_text(nbytes)})")
-        if not dry_run:
-            remove(folder)
     click.echo(f"{size_text(freed)} {'to be freed' if dry_run else 'freed'}")

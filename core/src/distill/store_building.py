@@ -15,7 +15,7 @@ from distill.beginning import begin, chosen_device, open_sources
 from distill.config.experiment import Experiment, Stage
 from distill.data.loader import training_batches
 from distill.data.plan import Plan
-from distill.errors import UsageError
+from distill.errors import StorageError, UsageError
 from distill.experiment_check import check_to_run
 from distill.model.distiller import Distiller
 from distill.registry import Registry
@@ -91,7 +91,7 @@ def _stages(experiment: Experiment, name: str | None) -> list[Stage]:
                 if teacher.model in (other.student.model, *other.peers.values()):
                     message = (
                         f"'{role}' is trained by stage '{other.name}'; `distill run` stores what "
-                        "it gives in its first epoch. To store it ahead, give its model a "
+                        "it gives as it trains. To store it ahead, give its model a "
                         "checkpoint in a file of its own"
                     )
                     raise experiment.error(teacher.path, message)
@@ -105,6 +105,10 @@ def _build(run: SeedRun, stage: Stage, say: Say) -> None:
         distiller = prepared.assembly.distiller
         assert distiller is not None
         for role, outputs in distiller.stores.items():
+            if not outputs.rows.may_be_written:
+                raise StorageError(
+                    f"{outputs.rows.folder} may only be read; --stores DIR names another folder"
+                )
             say(f"stage {stage.name}: {role} -> {outputs.rows.folder}")
             if isinstance(outputs, StageOutputs) and outputs.near:
                 say(f"  {outputs.near}")

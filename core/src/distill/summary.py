@@ -96,7 +96,8 @@ def measured_on(experiment: Experiment) -> str:
     count = len(experiment.seeds)
     over = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
     if experiment.test is None:
-        return f"on each stage's validation data, {over}"
+        is_measured = any(stage.data.validate and stage.metrics for stage in experiment.stages)
+        return f"on each stage's validation data, {over}" if is_measured else over
     return f"on the data set '{experiment.test.dataset}', {over}"
 
 

@@ -255,7 +255,9 @@ def _options_of(lines: Iterable[Mapping[str, Any]]) -> list[str]:
         else text
         for text in options
     ]
-    return [*told, *([f"{_rows(misfits)} did not fit, computed anew"] if misfits else [])]
+    if misfits:
+        told.append(f"{_rows(misfits)} of those did not fit and were computed, counted each epoch")
+    return told
 
 
 def _rows(count: int) -> str:

@@ -59,6 +59,11 @@ class Rows:
         """How many rows have been written, right or wrong."""
         return int(numpy.count_nonzero(self.checks["check"]))
 
+    @property
+    def may_be_written(self) -> bool:
+        """Whether rows can be added; those of others may have to be left as they are."""
+        return bool(self.rows.flags.writeable)
+
     def read(self, at: NDArray[numpy.int64], fingerprints: NDArray[numpy.uint64]) -> Found:
         """Read rows that were computed from the very same inputs.
 
@@ -81,7 +86,7 @@ class Rows:
 
         A row counts once its check is written, which comes last.
         """
-        if not self.rows.flags.writeable:
+        if not self.may_be_written:
             return
         checks = numpy.empty(len(at), CHECK)
         checks["fingerprint"] = fingerprints

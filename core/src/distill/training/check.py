@@ -21,6 +21,7 @@ from distill.training.parameter_groups import parameter_groups
 from distill.training.parts import Parts, is_built
 from distill.training.split_gradients import terms_apart
 from distill.training.stage import Assembly, assemble
+from distill.training.teacher_store import check_encoding
 
 META = torch.device("meta")
 T = TypeVar("T")
@@ -80,6 +81,9 @@ class _Checker:
             self.faults += assembly.faults
             if assembly.distiller is not None:
                 assembly.distiller.release()
+                for role, teacher in stage.teachers.items():
+                    asked = assembly.distiller.addresses_of(role)
+                    self._attempt(check_encoding, self.builder, teacher, role, asked)
             self._selections(stage, assembly)
         else:
             for kind, component in _wired(stage):

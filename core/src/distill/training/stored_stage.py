@@ -43,7 +43,7 @@ from distill.training.store_identity import (
     weights_in,
     weights_of,
 )
-from distill.training.teacher_store import NO_LOGITS, TeacherStore, first_of, names
+from distill.training.teacher_store import TeacherStore, check_encoding, first_of, names
 
 META = torch.device("meta")
 
@@ -89,7 +89,7 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
     check_repeats(run.builder, stage, wanted[0], source)
     asked = _asked(run.builder, stage)
     for role in wanted:
-        _check_encoding(run.builder, stage.teachers[role], asked[role], role)
+        check_encoding(run.builder, stage.teachers[role], role, asked[role].addresses)
     stores = {
         role: _store(run, stage, role, asked[role], source)
         for role in wanted
@@ -100,17 +100,6 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
     if refused:
         raise StorageError(refused)
     return stores
-
-
-def _check_encoding(builder: Builder, teacher: Teacher, asked: Asked, role: str) -> None:
-    """Refuse ``top_k`` where no logits are asked for."""
-    assert teacher.store is not None
-    if teacher.store.encoding != "top_k" or not asked.addresses:
-        return
-    if not any(address.value == role and not address.keys for address in asked.addresses):
-        path = (*teacher.path, "store", "encoding")
-        read = names(address.text for address in asked.addresses)
-        raise builder.experiment.error(path, NO_LOGITS.format(read))
 
 
 def _store(run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source) -> TeacherStore:
@@ -300,12 +289,18 @@ def store_notes(assembly: Assembly) -> Iterator[str]:
         is_full, is_absent = filled == rows, role in assembly.absent
         there = "all" if is_full else f"{filled:,}"
         kept = f"{role}'s outputs are stored in {outputs.rows.folder}"
-        unloaded = ", and the model, measured before, is not loaded" if is_absent else ""
+        late = ", and the model, measured before, is loaded only if a row does not fit"
+        unloaded = late if is_absent else ""
         now = partial(getattr, outputs.rows, "filled")
         yield Note(f"{kept}: {there} of {rows:,} are there{unloaded}", "store", kept, now)
         if isinstance(outputs, StageOutputs) and outputs.near:
             yield f"{role}: {outputs.near}"
         yield from _kept_otherwise(role, outputs)
+        if not (is_full or outputs.rows.may_be_written):
+            yield (
+                f"the store of {role} may only be read: what is missing is computed in every epoch "
+                "and not kept; --stores DIR names another folder"
+            )
         if role in stage.compile and (is_full or is_absent):
             yield f"compile does nothing for {role} in training: it is read from its store"
         if stage.data.on_bad_sample == "skip" and not is_full and not is_absent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from distill.model.wiring import Address
 from distill.observer import Numbers
 from distill.store import rows as files
 from distill.store.near import nearest, parts
+from distill.training.build import Builder
 from distill.training.stage_outputs import StageOutputs
 
 MEASURED = "measured.json"
@@ -147,15 +148,32 @@ class TeacherStore:
             return None
 
     def note_measured(self, key: str, numbers: Numbers) -> None:
-        """Keep what the teacher was measured as."""
+        """Keep what the teacher was measured as, unless the store may only be read."""
         file = self.folder / MEASURED
         try:
             known = json.loads(file.read_text())
         except (OSError, ValueError):
             known = {}
         temporary = file.with_name(f".{MEASURED}.{random.getrandbits(32):x}")
-        temporary.write_text(json.dumps({**known, key: dict(numbers)}))
-        temporary.replace(file)
+        try:
+            temporary.write_text(json.dumps({**known, key: dict(numbers)}))
+            temporary.replace(file)
+        except OSError:  # as rows are not written there either, which is told
+            return
+
+
+def check_encoding(builder: Builder, teacher: Teacher, role: str, asked: Sequence[Address]) -> None:
+    """Refuse ``top_k`` where something is asked of a teacher, and no logits.
+
+    Raises:
+        ConfigError: saying what is asked.
+    """
+    if teacher.store is None or teacher.store.encoding != "top_k" or not asked:
+        return
+    if not any(address.value == role and not address.keys for address in asked):
+        path = (*teacher.path, "store", "encoding")
+        text = NO_LOGITS.format(names(address.text for address in asked))
+        raise builder.experiment.error(path, text)
 
 
 def names(values: Iterable[str]) -> str:
