@@ -1,6 +1,7 @@
 """Stored outputs of teachers in a run: the same result as without, and never a wrong one."""
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -596,3 +597,17 @@ def test_a_store_that_may_only_be_read_is_used_and_told_of(tmp_path, monkeypatch
     assert student(run(described(tmp_path / "first", True, data=data), heard=heard))
     told = "may only be read: what is missing is computed in every epoch and not kept"
     assert any(told in note for note in heard.notes)
+
+
+def test_a_store_that_may_only_be_read_is_not_built_unless_it_is_full(
+    on_disk, tmp_path, monkeypatch
+):
+    distill_command("store", "build", "toy.yaml", *on_disk)
+    rows = open_rows(stores(tmp_path)[0])
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda f, *how: ".bin" not in str(f) and access(f, *how))
+    assert distill_command("store", "build", "toy.yaml", *on_disk)[0] == 0
+    rows.forget(numpy.array([3]))
+    code, said = distill_command("store", "build", "toy.yaml", *on_disk)
+    assert code not in (0, 70)
+    assert "may only be read; --stores DIR names another folder" in said

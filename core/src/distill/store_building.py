@@ -105,7 +105,8 @@ def _build(run: SeedRun, stage: Stage, say: Say) -> None:
         distiller = prepared.assembly.distiller
         assert distiller is not None
         for role, outputs in distiller.stores.items():
-            if not outputs.rows.may_be_written:
+            is_full = outputs.rows.filled == len(outputs.rows)
+            if not (is_full or outputs.rows.may_be_written):
                 raise StorageError(
                     f"{outputs.rows.folder} may only be read; --stores DIR names another folder"
                 )

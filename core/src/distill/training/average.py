@@ -24,7 +24,7 @@ class Average:
         settings: decay and warm-up.
 
     Attributes:
-        updates: steps followed.
+        updates: steps followed, with those whose overflow in fp16 is known later only.
     """
 
     def __init__(self, model: nn.Module, settings: EMA):
