@@ -175,6 +175,7 @@ MISSES = {
     "another encoding (float16, now float32)": {"store": {"encoding": "float32"}},
     "another model or other parameters of it": {"teacher": "Parts", "criterion": {"hint": HINT}},
     "another precision (fp32, now bf16)": {"precision": "bf16"},
+    "another data.in_memory (false, now true)": {"data": {**VIEWS, "in_memory": True}},
 }
 
 
@@ -218,7 +219,8 @@ def test_the_nearest_store_is_told_of_also_an_old_one_but_none_of_something_else
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / META).write_text("{")
     said = nearest(tmp_path, IDENTITY, "wide")
-    assert said == f"store {near} is not used: it was made with another number of views"
+    expected = "another number of views (2, now null)"
+    assert said == f"store {near} is not used: it was made with {expected}"
     left = frozenset(path.name for path in tmp_path.iterdir() if path.name.startswith(near))
     assert "other weights" in nearest(tmp_path, IDENTITY, "wide", left)
     assert nearest(tmp_path / "none", IDENTITY, "wide") == ""

@@ -1,4 +1,7 @@
-"""Commands on stored outputs of teachers: ``store build``, ``ls``, ``verify`` and ``gc``."""
+"""Commands on stored outputs of teachers: ``store build``, ``ls``, ``verify``, ``remove``, ``gc``.
+
+Like ``distill --help``, they import what takes long where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.cli_errors import Group
+from distill.cli_errors import RESUMABLE, Group
 from distill.cli_options import plugin_option, remote_code_option, set_option, stores_option
 from distill.errors import StorageError, UsageError
 
@@ -50,10 +53,12 @@ def build(
     stores: Path,
     processes: int | None,
 ) -> None:
-    """Store what the teachers of an experiment give for all samples and views.
+    """Store what teachers give, ahead of a run: all samples and views.
 
     What is there already stays; a build that was stopped goes on.
     """
+    if "RANK" not in os.environ:
+        _announce(file, overrides, stage, stores)
     from distill.experiment_file import open_experiment
 
     experiment, registry = open_experiment(file, overrides, plugin_files)
@@ -63,14 +68,41 @@ def build(
         sys.exit(launch(processes, without_processes(sys.argv[1:])))
     from distill.store_building import build_stores
 
-    build_stores(
-        experiment,
-        registry,
-        stores,
-        click.echo,
-        stage=stage,
-        allow_remote_code=allow_remote_code,
-    )
+    try:
+        build_stores(
+            experiment,
+            registry,
+            stores,
+            click.echo,
+            stage=stage,
+            allow_remote_code=allow_remote_code,
+        )
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo("\nstopped; what is stored stays, and the same command goes on", err=True)
+        sys.exit(RESUMABLE)
+
+
+def _announce(file: Path, overrides: Sequence[str], only: str | None, stores: Path) -> None:
+    """Say what is going to be stored: to load what it takes can be a matter of a minute."""
+    from distill.config.load import draft
+    from distill.config.overrides import override_experiment
+    from distill.config.yaml_document import read
+
+    experiment, faults = draft(override_experiment(read(file), overrides))
+    if experiment is None or faults:
+        return  # to be told with the faults of the components
+    for stage in experiment.stages:
+        if only not in (None, stage.name):
+            continue
+        for role, teacher in stage.teachers.items():
+            if teacher.store is not None:
+                views = stage.data.views
+                each = f", {views} view{'s' * (views > 1)} of each sample" if views else ""
+                click.echo(
+                    f"stage {stage.name}: {role} ({teacher.model}) on {stage.data.train}{each} -> "
+                    f"{stores}; loading"
+                )
 
 
 @store.command()
@@ -85,11 +117,20 @@ def ls(stores: Path) -> None:
     from distill.store.folder import entries
 
     found = entries(stores)
+    others = [entry.name for entry in found if entry.state == "no store"]
+    found = [entry for entry in found if entry.state != "no store"]
     if not found:
-        click.echo(f"there are no stores in {stores}")
+        click.echo(f"no stores in {stores}")
+        _tell_others(others)
         return
     length = _shown(entry.name for entry in found)
-    rows = [COLUMNS, *(_cells(entry, length) for entry in found)]
+    _table([_cells(entry, length) for entry in found])
+    _tell_others(others)
+
+
+def _table(stores: Sequence[tuple[str, ...]]) -> None:
+    """Print stores, a line each."""
+    rows = [COLUMNS, *stores]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -97,6 +138,14 @@ def ls(stores: Path) -> None:
             for cell, width, heading in zip(row, widths, COLUMNS, strict=True)
         ]
         click.echo("  ".join(cells).rstrip())
+
+
+def _tell_others(names: Sequence[str]) -> None:
+    """Tell of folders that lie among stores."""
+    if names:
+        click.echo(
+            f"no {'stores' if names[1:] else 'store'}: {_listed(sorted(names), WIDEST_LINE)}"
+        )
 
 
 COLUMNS = (
@@ -107,6 +156,8 @@ NUMBERS = ("views", "rows", "filled", "size")
 UNKNOWN = "–"
 WIDEST = 28
 """Characters of a cell at most."""
+WIDEST_LINE = 80
+"""Characters of a list of names at most."""
 SHORTEST = 8
 """Characters of a store's name at least."""
 
@@ -123,8 +174,9 @@ def _cells(entry: Entry, length: int) -> tuple[str, ...]:
     from distill.store.near import references
 
     name, size, used = entry.name[:length], size_text(entry.nbytes), _ago(int(entry.unused))
-    if entry.meta is None:
-        return (name, "damaged", *[""] * (len(COLUMNS) - 4), size, used)
+    if entry.meta is None or not {"teacher", "asked", "data", "kept"} <= {*_identity(entry)}:
+        state = "of another version" if entry.state == "sound" else entry.state
+        return (name, state, *[""] * (len(COLUMNS) - 4), size, used)
     known, about = entry.meta["identity"], entry.meta.get("about", {})
     return (
         name,
@@ -138,6 +190,12 @@ def _cells(entry: Entry, length: int) -> tuple[str, ...]:
         size,
         used,
     )
+
+
+def _identity(entry: Entry) -> Mapping[str, Any]:
+    """Return what a store was made for; nothing if it does not say so."""
+    found: Mapping[str, Any] = (entry.meta or {}).get("identity", {})
+    return found
 
 
 def _encoding(kept: Mapping[str, Any]) -> str:
@@ -154,12 +212,12 @@ def _named(name: str | None, kind: str) -> str:
     return _short(f"{name or UNKNOWN} ({kind})")
 
 
-def _listed(values: Sequence[str]) -> str:
+def _listed(values: Sequence[str], widest: int = WIDEST) -> str:
     """Return as many values as there is room for, and how many more there are."""
     for count in range(len(values), 0, -1):
         more = f", +{len(values) - count}" if count < len(values) else ""
         text = ", ".join(values[:count]) + more
-        if len(text) <= WIDEST:
+        if len(text) <= widest:
             return text
     return _short(values[0])
 
@@ -172,40 +230,106 @@ def _short(text: str) -> str:
 @click.argument("names", metavar="[STORE]...", nargs=-1)
 @stores_option
 def verify(names: Sequence[str], stores: Path) -> None:
-    """Look at every row of stores; damaged ones are computed anew when they are asked for.
+    """Look at every row of stores for damage.
 
-    A store goes by its name or the beginning of it. Exits with 5 if there are damaged rows.
+    STORE is a name as `distill store ls` prints it, or the beginning of one; without any, all are
+    looked at. Damaged rows are computed anew when they are asked for. Exits with 5 if there are
+    any, or stores that cannot be used.
     """
     from distill.store.folder import entries
     from distill.store.folder import verify as verify_store
 
-    there = {entry.name: entry.folder for entry in entries(stores)}
-    chosen = [name for given in names for name in _chosen(given, list(there), stores)]
-    if not there:
-        click.echo(f"there are no stores in {stores}")
+    found = entries(stores)
+    there = [entry for entry in found if entry.state != "no store"]
+    chosen = _chosen(names, there, stores) if names else there
+    if not chosen:
+        click.echo(f"no stores in {stores}")
     is_damaged = False
-    for name in chosen or there:
+    for entry in chosen:
         try:
-            filled, damaged = verify_store(there[name])
+            filled, damaged = verify_store(entry.folder)
         except StorageError as error:
-            click.echo(f"{name}: {error}")
+            click.echo(f"{error}; {_way_out(entry)}")
             is_damaged = True
             continue
         state = f"{damaged:,} damaged, to be computed anew" if damaged else "all sound"
-        click.echo(f"{name}: {filled:,} row{'' if filled == 1 else 's'}, {state}")
+        click.echo(f"{entry.name}: {filled:,} row{'' if filled == 1 else 's'}, {state}")
         is_damaged |= bool(damaged)
+    if not names:
+        _tell_others([entry.name for entry in found if entry.state == "no store"])
     if is_damaged:
         sys.exit(DATA)
 
 
-def _chosen(given: str, there: Sequence[str], stores: Path) -> list[str]:
-    """Return the one store whose name begins with what is given."""
-    found = [given] if given in there else [name for name in there if name.startswith(given)]
+def _way_out(entry: Entry) -> str:
+    """Return what becomes of a store that cannot be used."""
+    if entry.state == "damaged":
+        return "a run that asks for it begins it anew, `distill store gc` removes it"
+    return f"`distill store remove {entry.name}` removes it"
+
+
+def _chosen(names: Iterable[str], there: Sequence[Entry], stores: Path) -> list[Entry]:
+    """Return the stores whose names begin with what is given, each of them once.
+
+    Raises:
+        UsageError: if there is no such store, or more than one; it names those that there are.
+    """
+    chosen = [_named_entry(name, there, stores) for name in names]
+    return list({entry.name: entry for entry in chosen}.values())
+
+
+def _named_entry(given: str, there: Sequence[Entry], stores: Path) -> Entry:
+    given = given.rstrip("/").removeprefix(f"{stores}/")  # as `store build` prints it
+    found = [entry for entry in there if entry.name == given]
+    found = found or [entry for entry in there if given and entry.name.startswith(given)]
     if len(found) == 1:
-        return found
-    known = ", ".join(found or there) or "none"
+        return found[0]
+    length = _shown(entry.name for entry in there) if there else 0
+    known = ", ".join(entry.name[:length] for entry in found or there) or "none"
     what = f"{len(found)} stores begin with" if found else "there is no store"
     raise UsageError(f"{what} '{given}' in {stores} (there are: {known})")
+
+
+@store.command()
+@click.argument("names", metavar="STORE...", nargs=-1, required=True)
+@click.option("--yes", "-y", is_flag=True, help="Remove them without asking.")
+@stores_option
+def remove(names: Sequence[str], yes: bool, stores: Path) -> None:
+    """Remove stores by name, after a look at what they are.
+
+    STORE is a name as `distill store ls` prints it, or the beginning of one. What a run or a build
+    has open is not removed.
+    """
+    from distill.store.folder import entries, is_used, size_text
+    from distill.store.folder import remove as remove_store
+
+    there = [entry for entry in entries(stores) if entry.state != "no store"]
+    chosen = _chosen(names, there, stores)
+    used = [str(entry.folder) for entry in chosen if is_used(entry.folder)]
+    if used:
+        is_or_are = "are" if used[1:] else "is"
+        raise StorageError(
+            f"{', '.join(used)} {is_or_are} in use by a run or a build; end that first "
+            "(nothing has been removed)"
+        )
+    size = size_text(sum(entry.nbytes for entry in chosen))
+    if not yes:
+        length = _shown(entry.name for entry in there)
+        _table([_cells(entry, length) for entry in chosen])
+        which = "these stores" if chosen[1:] else "this store"
+        if not _is_wanted(f"remove {which} from {stores} ({size})?"):
+            click.echo("nothing is removed")
+            return
+    for entry in chosen:
+        click.echo(f"removed {entry.folder} ({size_text(remove_store(entry.folder))})")
+
+
+def _is_wanted(question: str) -> bool:
+    try:
+        return click.confirm(question)
+    except click.Abort:
+        click.echo()
+        raise UsageError("nobody answered, so nothing is removed; --yes asks nothing") from None
 
 
 @store.command()
@@ -220,20 +344,19 @@ def _chosen(given: str, there: Sequence[str], stores: Path) -> list[str]:
 @click.option("--dry-run", is_flag=True, help="Say what would go, and leave it there.")
 @stores_option
 def gc(unused: float, dry_run: bool, stores: Path) -> None:
-    """Remove stores that are damaged beyond use, half made, or unused for long."""
-    from distill.store.folder import garbage, remove, size_of, size_text
+    """Remove stores that are damaged, half made or unused for long.
 
-    if not stores.is_dir():
-        click.echo(f"there are no stores in {stores}")
-        return
+    Damaged is what no run can use; of single damaged rows see `distill store verify`. What a run
+    or a build has open stays.
+    """
+    from distill.store.folder import garbage, is_used, remove, size_of, size_text
+
     freed = 0
     for folder in garbage(stores, unused):
-        nbytes = size_of(folder)
-        if not dry_run:
-            try:
-                remove(folder)
-            except OSError as error:
-                raise StorageError(f"{folder} cannot be removed: {error.strerror}") from error
+        if is_used(folder):
+            click.echo(f"{folder} is in use, and stays")
+            continue
+        nbytes = size_of(folder) if dry_run else remove(folder)
         freed += nbytes
         click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size_text(nbytes)})")
     click.echo(f"{size_text(freed)} {'to be freed' if dry_run else 'freed'}")

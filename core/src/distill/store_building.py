@@ -18,10 +18,14 @@ from distill.data.plan import Plan
 from distill.errors import StorageError, UsageError
 from distill.experiment_check import check_to_run
 from distill.model.distiller import Distiller
+from distill.model.stored import Outputs
 from distill.registry import Registry
+from distill.store.folder import size_text
+from distill.store.rows import CHECK
 from distill.training.build import Builder
 from distill.training.in_memory import keep_data
 from distill.training.measuring import Measuring
+from distill.training.note import counted
 from distill.training.prepared import Prepared, prepare
 from distill.training.seed_run import SeedRun, memory_format
 from distill.training.stage_outputs import StageOutputs
@@ -30,6 +34,8 @@ from distill.training.stored_stage import fingerprints_wanted, put_into_use, wit
 Say = Callable[[str], None]
 TOLD_EVERY = 10.0
 """Seconds between two lines of progress."""
+TOLD_FIRST = 2.0
+"""Seconds before the first of them."""
 
 
 def build_stores(
@@ -104,41 +110,82 @@ def _build(run: SeedRun, stage: Stage, say: Say) -> None:
         put_into_use(run, prepared.assembly, prepared.stores, prepared.batch)
         distiller = prepared.assembly.distiller
         assert distiller is not None
-        for role, outputs in distiller.stores.items():
-            is_full = outputs.rows.filled == len(outputs.rows)
-            if not (is_full or outputs.rows.may_be_written):
-                raise StorageError(
-                    f"{outputs.rows.folder} may only be read; --stores DIR names another folder"
-                )
-            say(f"stage {stage.name}: {role} -> {outputs.rows.folder}")
-            if isinstance(outputs, StageOutputs) and outputs.near:
-                say(f"  {outputs.near}")
+        _tell_stores(run, stage, prepared, distiller, say)
         roles = prepared.assembly.roles
         Measuring(run, stage, roles, stores=prepared.stores).teachers()
         source = keep_data(run, stage)
-        for view in range(stage.data.views or 1):
-            _fill(run, stage, replace(prepared, source=source), distiller, view, say)
+        views = stage.data.views or 1
+        plan = prepared.plan if stage.data.batch_transforms else _all(prepared.plan)
+        told = _Progress(say, plan.samples * views)
+        for view in range(views):
+            _fill(run, stage, replace(prepared, source=source, plan=plan), distiller, view, told)
         distributed.barrier()
         for role, outputs in distiller.stores.items():
             say(f"  {role}: {outputs.rows.filled:,} of {len(outputs.rows):,} rows are there")
 
 
+def _tell_stores(
+    run: SeedRun, stage: Stage, prepared: Prepared, distiller: Distiller, say: Say
+) -> None:
+    """Say of each store what it will hold, what it takes, and what is there.
+
+    Raises:
+        StorageError: if one that is not full may only be read.
+    """
+    named = f"stage {stage.name}" + (f", seed {run.seed}" if stage.data.batch_transforms else "")
+    for role, outputs in distiller.stores.items():
+        is_full = outputs.rows.filled == len(outputs.rows)
+        if not (is_full or outputs.rows.may_be_written):
+            raise StorageError(
+                f"{outputs.rows.folder} may only be read; --stores DIR names another folder"
+            )
+        samples = counted(len(prepared.source), "sample")
+        say(f"{named}: {role}: {samples} of {stage.data.train}{_rows_of(stage, outputs)}")
+        say(f"  {_there(outputs)}")
+        if isinstance(outputs, StageOutputs) and outputs.near:
+            say(f"  {outputs.near}")
+    measured = stage.data.validate if stage.metrics else ()
+    if measured and len(prepared.assembly.absent) < len(stage.teachers):
+        say(f"  measuring on {', '.join(measured)} how good the teacher is, which is kept too")
+
+
+def _rows_of(stage: Stage, outputs: Outputs) -> str:
+    """Return how many rows a store has, what they take, and where."""
+    rows, width = len(outputs.rows), outputs.form.layout.width
+    each = f" x {counted(stage.data.views, 'view')}" if stage.data.views else ""
+    size = size_text(rows * (width + CHECK.itemsize))
+    return f"{each} = {counted(rows, 'row')}, {size}, in {outputs.rows.folder}"
+
+
+def _there(outputs: Outputs) -> str:
+    """Return how much of a store has been filled before."""
+    rows, filled = len(outputs.rows), outputs.rows.filled
+    if filled == rows:
+        return "all rows are there already; they are compared with the samples"
+    if filled == 0:
+        return "no row is there yet"
+    return f"{filled:,} rows ({100 * filled // rows}%) are there already, {rows - filled:,} to go"
+
+
 def _fill(
-    run: SeedRun, stage: Stage, prepared: Prepared, distiller: Distiller, view: int, say: Say
+    run: SeedRun,
+    stage: Stage,
+    prepared: Prepared,
+    distiller: Distiller,
+    view: int,
+    told: _Progress,
 ) -> None:
     """Store what is missing of the samples of one epoch, which have one view each."""
     mixing = run.mixing(stage)
-    plan = prepared.plan if mixing is not None else _all(prepared.plan)
     batches = training_batches(
         prepared.source,
-        plan,
+        prepared.plan,
         run.loading(stage),
         seed=run.seed,
         epoch=view,
         lead=mixing.lead if mixing is not None else 0,
         fingerprints=fingerprints_wanted(stage, distiller.stores),
     )
-    told = _Progress(say, plan.samples, f"  view {view + 1} of {stage.data.views or 1}")
     with torch.no_grad():
         for number, batch in enumerate(with_stored(batches, distiller.stores, view)):
             if any(stored.missing is not None for stored in batch.stored.values()):
@@ -148,7 +195,6 @@ def _fill(
                 distiller.fill_stores(placed)
             told.add(sum(batch.sizes))
     distiller.flush_stores()
-    told.end()
 
 
 def _all(plan: Plan) -> Plan:
@@ -157,24 +203,39 @@ def _all(plan: Plan) -> Plan:
 
 
 class _Progress:
-    def __init__(self, say: Say, samples: int, what: str):
-        self._say, self._samples, self._what = say, samples, what
-        self._started = self._told = monotonic()
-        self._done = 0
+    """Tells how far a build is, in lines of their own at regular intervals.
 
-    def add(self, samples: int) -> None:
-        self._done += samples
+    Speed and time left are those of the last interval: rows that are there already, which come
+    first, are read faster than others are computed.
+    """
+
+    def __init__(self, say: Say, rows: int):
+        self._say, self._rows = say, rows
+        self._done = self._done_before = 0
+        self._told = monotonic()
+        self._next = self._told + TOLD_FIRST
+
+    def add(self, rows: int) -> None:
+        """Count rows that have been read or computed."""
+        self._done += rows
         now = monotonic()
-        if now - self._told > TOLD_EVERY:
+        if now >= self._next:
             self._tell(now)
 
-    def end(self) -> None:
-        self._tell(monotonic())
-
     def _tell(self, now: float) -> None:
-        self._told = now
-        speed = self._done / max(now - self._started, 1e-9)
-        self._say(f"{self._what}: {self._done:,} of {self._samples:,}, {speed:,.0f} samples/s")
+        speed = (self._done - self._done_before) / max(now - self._told, 1e-9)
+        left = _duration((self._rows - self._done) / max(speed, 1e-9))
+        self._say(
+            f"  {self._done:,} of {self._rows:,} rows ({100 * self._done // self._rows}%), "
+            f"{speed:,.0f} rows/s, {left} left"
+        )
+        self._told, self._next, self._done_before = now, now + TOLD_EVERY, self._done
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _say_nothing(text: str) -> None:

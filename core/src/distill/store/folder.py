@@ -5,33 +5,37 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 
 from distill.errors import StorageError
-from distill.store.rows import META, Rows, open_rows, read_meta
+from distill.store.rows import META, OtherVersion, Rows, open_rows, read_meta
+from distill.store.use import is_held
 
 BLOCK = 4096
 """So many rows are verified at a time."""
 BEING_MADE = 3600
 """Seconds after which a store that is still being made belongs to a process that has died."""
 DAY = 86_400
+State = Literal["sound", "damaged", "of another version", "no store"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A store in a folder.
+    """A store in a folder, or what lies there in place of one.
 
     Attributes:
-        meta: what it says of itself; ``None`` if it is damaged beyond use.
+        meta: what it says of itself; ``None`` unless it is sound.
         filled: rows that have been written.
         nbytes: on disk.
         unused: days since it was last opened.
         views: how many of a sample's views are there for all samples, and how many there are.
+        state: whether it can be used, or why not; ``no store`` is a folder with something else in.
     """
 
     folder: Path
@@ -40,6 +44,7 @@ class Entry:
     nbytes: int
     unused: float
     views: tuple[int, int] = (0, 1)
+    state: State = "sound"
 
     @property
     def name(self) -> str:
@@ -48,7 +53,16 @@ class Entry:
 
 
 def entries(stores: Path) -> list[Entry]:
-    """Return the stores of a folder, the one used last first."""
+    """Return the stores of a folder, the one used last first.
+
+    Raises:
+        StorageError: if there is no such folder, or it cannot be looked into.
+    """
+    if not stores.is_dir():
+        raise StorageError(
+            f"there is no folder {stores}; --stores DIR names the one that stores are in, and "
+            "`distill store build FILE` makes it"
+        )
     found = [folder for folder in _folders(stores) if not folder.name.startswith(".")]
     return sorted((_entry(folder) for folder in found), key=lambda entry: entry.unused)
 
@@ -75,9 +89,11 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes / 1000:,.1f} kB"
 
 
-def _folders(stores: Path) -> Iterator[Path]:
-    if stores.is_dir():
-        yield from (path for path in stores.iterdir() if path.is_dir() and not path.is_symlink())
+def _folders(stores: Path) -> list[Path]:
+    try:
+        return [path for path in stores.iterdir() if path.is_dir() and not path.is_symlink()]
+    except OSError as error:
+        raise StorageError(f"{stores} cannot be looked into: {error.strerror}") from error
 
 
 def _entry(folder: Path) -> Entry:
@@ -86,8 +102,11 @@ def _entry(folder: Path) -> Entry:
     try:
         meta = read_meta(folder)
         rows = open_rows(folder, touch=False)
+    except OtherVersion:
+        return Entry(folder, None, 0, nbytes, unused, state="of another version")
     except StorageError:
-        return Entry(folder, None, 0, nbytes, unused)
+        state: State = "damaged" if _is_store(folder) else "no store"
+        return Entry(folder, None, 0, nbytes, unused, state=state)
     each = meta.get("identity", {}).get("views") or 1
     complete = int((rows.checks["check"].reshape(-1, each) != 0).all(0).sum())
     return Entry(folder, meta, rows.filled, nbytes, unused, (complete, each))
@@ -122,11 +141,15 @@ def garbage(stores: Path, unused_days: float) -> list[Path]:
     """Return what of a folder can go: stores that nobody has used for long, or can use.
 
     Of others' folders nothing is returned: only what looks like a store, or like one being made.
+    A store of another version of distill, which may be of use to that one, goes by its age alone.
+
+    Raises:
+        StorageError: if there is no such folder, or it cannot be looked into.
     """
     found = [
         entry.folder
         for entry in entries(stores)
-        if _is_store(entry.folder) and (entry.meta is None or entry.unused > unused_days)
+        if _is_store(entry.folder) and (entry.state == "damaged" or entry.unused > unused_days)
     ]
     hidden = [path for path in _folders(stores) if path.name.startswith(".") and _is_store(path)]
     return found + [path for path in hidden if _age(path / META) > BEING_MADE]
@@ -135,17 +158,43 @@ def garbage(stores: Path, unused_days: float) -> list[Path]:
 def _is_store(folder: Path) -> bool:
     """Whether a folder holds nothing but what a store does."""
     known = {"rows.bin", "checks.bin", META, "measured.json"}
-    names = {file.name for file in folder.iterdir() if not file.name.startswith(".measured")}
+    names = {file.name for file in _files(folder) if not file.name.startswith(".measured")}
     return bool(names) and names <= known
 
 
 def size_of(store: Path) -> int:
     """Return how many bytes the files of a store have."""
-    return sum(file.stat().st_size for file in store.iterdir() if file.is_file())
+    return sum(file.stat().st_size for file in _files(store) if file.is_file())
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder; nothing if it may not be looked into."""
+    with suppress(OSError):
+        yield from folder.iterdir()
+
+
+def is_used(store: Path) -> bool:
+    """Whether a run or a build, in whatever process, has a store open."""
+    return is_held(store / META)
 
 
 def remove(store: Path) -> int:
-    """Remove a store and return how many bytes it had."""
+    """Remove a store and return how many bytes it had.
+
+    Raises:
+        StorageError: if it is in use, or cannot be removed.
+    """
+    if is_used(store):
+        raise StorageError(f"{store} is in use by a run or a build; end that first")
     nbytes = size_of(store)
-    shutil.rmtree(store)
+    going = store.with_name(f".{store.name.lstrip('.')}.removed")
+    if going != store:  # what a process left that was killed while it removed
+        shutil.rmtree(going, ignore_errors=True)
+    try:
+        # Out of sight at once: nobody opens a store half of which is gone.
+        store.rename(going)
+        shutil.rmtree(going)
+    except OSError as error:
+        why = error.strerror or error
+        raise StorageError(f"{store} cannot be removed: {why}") from error
     return nbytes

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.errors import StorageError
+from distill.store.moved import NAMING, SEEN, Place, moved_places
 from distill.store.rows import META, read_meta
 
 WORDS = {
@@ -74,7 +75,11 @@ def _hash(value: Any) -> str:
 
 
 def nearest(
-    stores: Path, identity: Mapping[str, Any], teacher: str, leave: frozenset[str] = frozenset()
+    stores: Path,
+    identity: Mapping[str, Any],
+    teacher: str,
+    leave: frozenset[str] = frozenset(),
+    seen: Sequence[int] = (),
 ) -> str:
     """Say what the store most like one that is not there was made with instead.
 
@@ -83,6 +88,7 @@ def nearest(
         identity: of the store that is not there.
         teacher: name of the model; a store of that name or of the same data set may be told of.
         leave: names of stores not to look at.
+        seen: fingerprints of some of the samples, see ``distill.store.moved``.
 
     Returns:
         A line, empty without such a store.
@@ -93,20 +99,44 @@ def nearest(
             continue
         try:
             meta = read_meta(folder)
-            other, its = meta["identity"], meta.get("parts") or parts(meta["identity"])
+            its = meta.get("parts") or parts(meta["identity"])
             is_like = _is_of(meta, teacher) or its.get("data.component") == wanted["data.component"]
             used = (folder / META).stat().st_mtime
         except (StorageError, OSError, LookupError, AttributeError, TypeError):
             continue  # damaged, of another version, or no store at all
         differing = _differing(its, wanted)
         if is_like and differing:
-            found.append((len(differing), -used, folder.name, differing, other))
+            found.append((len(differing), -used, folder.name, differing, meta))
     if not found:
         return ""
-    _, _, name, differing, other = min(found, key=lambda one: one[:3])
-    values, before = dict(_flat(identity)), dict(_flat(other))
-    said = ", ".join(_word(part, before.get(part), values.get(part)) for part in differing)
+    _, _, name, differing, meta = min(found, key=lambda one: one[:3])
+    said = ", ".join(_words(differing, meta, identity, seen))
     return f"store {name[:SHOWN]} is not used: it was made with {said}"
+
+
+def _words(
+    differing: Sequence[str],
+    meta: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    seen: Sequence[int],
+) -> Iterator[str]:
+    """Yield what differs in words; of a data set that has only been moved, from where to where."""
+    before, now = dict(_flat(meta["identity"])), dict(_flat(identity))
+    places = moved_places(meta["identity"], identity)
+    if places:
+        are_others = meta.get(SEEN) and seen and meta[SEEN] != list(seen)
+        yield moved_text(places) + (", where samples differ" if are_others else "")
+    for part in differing:
+        if not (places and part in IN_PLACES):
+            yield _word(part, before.get(part), now.get(part))
+
+
+IN_PLACES = tuple(f"data.{key}" for key in NAMING)
+
+
+def moved_text(places: Sequence[Place]) -> str:
+    """Return from where to where a data set has been moved."""
+    return "the data set at " + ", ".join(f"{before} (now at {now})" for before, now in places)
 
 
 SHOWN = 8
@@ -131,12 +161,18 @@ def _word(part: str, before: Any, now: Any) -> str:
     word = WORDS.get(part) or WORDS.get(part.partition(".")[0]) or f"another {part}"
     if part == "asked":
         before, now = (", ".join(references(value or [])) for value in (before, now))
-    is_plain = all(isinstance(value, (str, int, float)) for value in (before, now))
+    is_plain = all(value is None or isinstance(value, (str, int, float)) for value in (before, now))
     if part == "teacher.weights" or not is_plain:
         return word
-    if max(len(str(before)), len(str(now))) > SHORT:
+    before, now = as_yaml(before), as_yaml(now)
+    if max(len(before), len(now)) > SHORT:
         return word
     return f"{word} ({before}, now {now})"
+
+
+def as_yaml(value: str | float | None) -> str:
+    """Return a single value as an experiment file has it: ``false``, not ``False``."""
+    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def references(asked: list[str]) -> list[str]:

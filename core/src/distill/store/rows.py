@@ -25,6 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from distill.errors import StorageError
+from distill.store.use import hold
 
 FORMAT = 1
 CHECK = numpy.dtype([("fingerprint", "<u8"), ("check", "<u4")])
@@ -33,6 +34,10 @@ META, ROWS, CHECKS = "meta.json", "rows.bin", "checks.bin"
 DIGEST = "sha256"
 """What ``meta.json`` calls the hash over all else in it."""
 Bytes = NDArray[numpy.uint8]
+
+
+class OtherVersion(StorageError):
+    """A store is laid out as another version of distill does."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,14 @@ class Rows:
         meta: what ``meta.json`` says.
         rows: uint8 (rows, width), mapped from the disk.
         checks: (rows,), likewise.
+        held: open for as long as the store is in use by this process, if it is.
     """
 
     folder: Path
     meta: Mapping[str, Any]
     rows: Bytes
     checks: NDArray[Any]
+    held: IO[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.checks)
@@ -95,6 +102,11 @@ class Rows:
         self.rows[at] = rows
         self.checks[at] = checks
 
+    def release(self) -> None:
+        """Say that this process does not use the store any more, so that it may be removed."""
+        if self.held is not None:
+            self.held.close()
+
     def damaged(self, at: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
         """Return which of some rows have been written and are not what was written."""
         rows, checks = self.rows[at], self.checks[at]
@@ -107,8 +119,9 @@ class Rows:
         return at[wrong]
 
     def forget(self, at: NDArray[numpy.int64]) -> None:
-        """Let rows count as absent."""
-        self.checks[at] = numpy.zeros((), CHECK)
+        """Let rows count as absent, unless the store may only be read."""
+        if self.may_be_written:
+            self.checks[at] = numpy.zeros((), CHECK)
 
 
 @dataclass(frozen=True)
@@ -186,12 +199,13 @@ def open_rows(folder: Path, *, touch: bool = True) -> Rows:
 
     Args:
         folder: of the store.
-        touch: whether that counts as using it.
+        touch: whether that counts as using it, and keeps others from removing it.
 
     Raises:
         StorageError: if it is no store, or one of another version.
     """
     meta = read_meta(folder)
+    held = hold(folder / META) if touch else None
     try:
         rows = _mapped(folder / ROWS, numpy.dtype(numpy.uint8), (meta["rows"], meta["width"]))
         checks = _mapped(folder / CHECKS, CHECK, (meta["rows"],))
@@ -199,27 +213,32 @@ def open_rows(folder: Path, *, touch: bool = True) -> Rows:
             with suppress(OSError):
                 os.utime(folder / META)
     except OSError as error:
-        raise StorageError(f"the store {folder} cannot be opened: {error}") from error
-    return Rows(folder, meta, rows, checks)
+        why = error.strerror or error
+        raise StorageError(f"the store {folder} cannot be opened: {why}") from error
+    return Rows(folder, meta, rows, checks, held)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return what a store says of itself.
 
     Raises:
-        StorageError: if it is no store, or one of another version.
+        OtherVersion: if it is one of another version.
+        StorageError: if it is no store, or a damaged one.
     """
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_text())
-        is_known, digest = meta["format"] == FORMAT, meta.pop(DIGEST)
-        is_whole = digest == _digest(meta)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StorageError(
-            f"{folder} is no store, or a damaged one: {error}; `distill store gc` removes it"
-        ) from error
-    if not is_known:
-        raise StorageError(f"{folder} was written by another version of distill")
-    if not is_whole:
+        version, digest = meta["format"], meta.pop(DIGEST, None)
+    except FileNotFoundError as error:
+        raise StorageError(f"{folder} is no store, or a damaged one: it has no {META}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        why = f"its {META} cannot be read"
+        raise StorageError(f"{folder} is no store, or a damaged one: {why}") from error
+    if version != FORMAT:
+        raise OtherVersion(
+            f"{folder} was written by another version of distill, whose stores have layout "
+            f"{version} where this one's have {FORMAT}"
+        )
+    if digest != _digest(meta):
         raise StorageError(f"{folder} is damaged: its {META} is not what was written")
     return meta
 

@@ -255,7 +255,7 @@ def _captures_asked(wiring: Wiring, calls: list[Call]) -> dict[str, list[str]]:
 def roles_in_force(assembly: Assembly) -> Iterator[None]:
     """Put teachers in their mode and let them get no gradients; undo all of it afterwards.
 
-    What else is frozen meanwhile is thawed too.
+    What else is frozen meanwhile is thawed too, and stores count as used no more.
     """
     modules = [*assembly.roles.values(), *assembly.trained().values()]
     before = {p: p.requires_grad for module in modules for p in module.parameters()}
@@ -274,3 +274,5 @@ def roles_in_force(assembly: Assembly) -> Iterator[None]:
             part.training = mode
         if assembly.distiller is not None:
             assembly.distiller.release()
+            for outputs in assembly.distiller.stores.values():
+                outputs.rows.release()

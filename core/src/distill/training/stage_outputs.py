@@ -16,7 +16,8 @@ class StageOutputs(Outputs):
 
     Attributes:
         role: of the teacher.
-        near: how a store that is like this one but not used differs from it; empty without any.
+        near: how a store that is like this one but not used differs from it, or how what this one
+            was made with differs from what it is used for; empty without any.
         read: batches all of which was there.
         timer: called with the kind ``store`` around reading from the disk and writing to it.
     """

@@ -13,12 +13,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
 import safetensors.torch
 import torch
 from torch import nn
 
+from distill import randomness
 from distill.config.experiment import Component, Dataset, Stage, Teacher
+from distill.data.fingerprint import fingerprint
 from distill.data.source import Source
+from distill.errors import DataError
 from distill.model.wiring import Address
 from distill.store.near import parts
 from distill.training.build import Builder
@@ -26,6 +30,8 @@ from distill.training.build import Builder
 VERSIONED = ("torch", "torchvision", "numpy", "PIL")
 """Packages whose code is known by their version."""
 OWN = "distill"
+SEEN_OF = 64
+"""So many samples tell whether a data set is the same in another place."""
 
 
 def identity(
@@ -81,6 +87,24 @@ def digest(identity: Mapping[str, Any]) -> str:
     """Return the name of the store for an identity: a hash over those of its parts."""
     text = json.dumps(parts(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def samples_seen(source: Source) -> list[int]:
+    """Return fingerprints of some samples from all over a data set, 0 for one without any.
+
+    A transform that draws gives the same each time.
+    """
+    count = min(SEEN_OF, len(source))
+    return [_seen(source, index) for index in numpy.linspace(0, len(source) - 1, count, dtype=int)]
+
+
+def _seen(source: Source, index: int) -> int:
+    with randomness.seeded(0, "a sample that tells a data set", int(index)):
+        try:
+            sample = source.read(int(index))
+            return fingerprint((sample.input, sample.target))
+        except DataError:
+            return 0
 
 
 def weights_of(state: Mapping[str, torch.Tensor]) -> str:

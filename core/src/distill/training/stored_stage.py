@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ from distill.training.stage_outputs import StageOutputs
 from distill.training.store_identity import (
     digest,
     identity,
+    samples_seen,
     weights_in,
     weights_of,
 )
@@ -110,7 +111,9 @@ def _store(run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source) 
     known = identity(run.builder, stage, role, asked.addresses, model, weights, source, *place)
     rows = len(source) * (stage.data.views or 1)
     folder, data = run.builder.stores / digest(known), stage.data.train
-    return TeacherStore(role, teacher, asked.addresses, asked.more, known, folder, rows, data)
+    seen = cache(partial(samples_seen, source))
+    addresses, more = asked.addresses, asked.more
+    return TeacherStore(role, teacher, addresses, more, known, folder, rows, data, seen).found()
 
 
 def _weights(run: SeedRun, teacher: Teacher) -> str:
@@ -176,7 +179,11 @@ def _is_enough(run: SeedRun, stage: Stage, store: TeacherStore, plan: Plan) -> b
             return False
     if stage.data.validate and store.measured(measured_key(run, stage)) is None:
         return False
-    return is_filled(store.open(stage), stage, plan)
+    outputs = store.open(stage)
+    try:
+        return is_filled(outputs, stage, plan)
+    finally:
+        outputs.rows.release()
 
 
 def is_filled(outputs: Outputs, stage: Stage, plan: Plan) -> bool:

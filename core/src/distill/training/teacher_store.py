@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill import distributed
 from distill.config.experiment import Stage, Teacher
 from distill.data.batch import Batch
 from distill.errors import DataError, StorageError
@@ -19,7 +20,8 @@ from distill.model.stored import Form, form_of
 from distill.model.wiring import Address
 from distill.observer import Numbers
 from distill.store import rows as files
-from distill.store.near import nearest, parts
+from distill.store.moved import SEEN, Place, find_moved
+from distill.store.near import SHOWN, moved_text, nearest, parts
 from distill.training.build import Builder
 from distill.training.stage_outputs import StageOutputs
 
@@ -43,6 +45,8 @@ class TeacherStore:
         folder: of the store.
         rows: it will have.
         data: name of the data set, for people.
+        seen: returns fingerprints of some samples, by which a data set is known in another place.
+        moved: from where to where the data have been moved since the store was made.
     """
 
     role: str
@@ -53,23 +57,39 @@ class TeacherStore:
     folder: Path
     rows: int
     data: str = ""
+    seen: Callable[[], Sequence[int]] = tuple
+    moved: Sequence[Place] = ()
 
     @property
     def is_there(self) -> bool:
         """Whether the store has been made."""
         return files.is_sound(self.folder)
 
+    def found(self) -> TeacherStore:
+        """Return the store itself, or in its place one that was made for the same data elsewhere.
+
+        All processes have to call it: the main one decides.
+        """
+        there = self if self.is_there else self._elsewhere() if distributed.is_main() else self
+        folder, moved = distributed.from_main((there.folder, there.moved))
+        return replace(self, folder=folder, moved=moved)
+
+    def _elsewhere(self) -> TeacherStore:
+        found = find_moved(self.folder.parent, self.known, self.seen)
+        return self if found is None else replace(self, folder=found[0], moved=found[1])
+
     def near(self, leave: Iterable[str]) -> str:
         """Say what the store most like this one was made with; ``leave`` are not to be told of."""
         teacher = self.teacher.model
-        return nearest(self.folder.parent, self.known, teacher, frozenset(leave))
+        return nearest(self.folder.parent, self.known, teacher, frozenset(leave), self.seen())
 
     def open(self, stage: Stage, near: str = "") -> StageOutputs:
         """Open the store.
 
         Args:
             stage: in which the teacher teaches.
-            near: what is to be said of another store that is not used.
+            near: what is to be said of another store that is not used; of this one it is told if
+                the data have been moved.
 
         Raises:
             StorageError: if it is damaged beyond use.
@@ -80,6 +100,9 @@ class TeacherStore:
         form = Form.of_plain(rows.meta["form"])
         views = stage.data.views or 1
         mixed = len(stage.data.batch_transforms)
+        if self.moved:
+            name = self.folder.name[:SHOWN]
+            near = f"store {name} is used: it was made with {moved_text(self.moved)}"
         return StageOutputs(rows, form, views, mixed, role=self.role, near=near)
 
     def make(self, distiller: Distiller, batch: Batch, alone: Batch) -> None:
@@ -102,7 +125,7 @@ class TeacherStore:
         self._check_alone(distiller, alone, form, values, samples)
         about = {"teacher": self.teacher.model, "data": self.data}
         known = {"identity": self.known, "parts": parts(self.known)}
-        meta = {**known, "about": about, "form": form.plain()}
+        meta = {**known, "about": about, "form": form.plain(), SEEN: list(self.seen())}
         files.create(self.folder, meta, self.rows, form.layout.width)
 
     def _check_encoding(self, form: Form) -> None:
