@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +27,12 @@ from distill.training.seed_run import SeedRun
 from distill.training.stored_stage import with_stored
 
 Train = Callable[[list[Batch]], None]
+
+
+def endlessly(train: Train, batches: list[Batch], steps: int) -> Callable[[], None]:
+    """Return a function that trains a few steps each time, on batches that come around again."""
+    endless = cycle(batches)
+    return lambda: train(list(islice(endless, steps)))
 
 
 def by_distill(

@@ -17,14 +17,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torchvision
-from engine import Train, by_distill, by_distill_stored, read_ahead
-from timing import taking_turns
+from engine import Train, by_distill, by_distill_stored, endlessly, read_ahead
+from timing import in_turns, ratio
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
@@ -196,11 +197,11 @@ def forwards(teacher: nn.Module, batches: list[Batch], turns: int) -> None:
         return lambda: sides[name](next(endless[name]).inputs)
 
     with torch.no_grad():
-        seconds = taking_turns([work(name) for name in sides], turns, CPU)
+        times = in_turns([work(name) for name in sides], turns, CPU)
     print("| forward of the teacher | time | to as it is |")
     print("| ---------------------- | ---: | ----------: |")
-    for name, one in zip(sides, seconds, strict=True):
-        print(f"| {name} | {one * 1e3:.1f} ms | {one / seconds[0]:.3f} |")
+    for name, one in zip(sides, times, strict=True):
+        print(f"| {name} | {median(one) * 1e3:.1f} ms | {ratio(one, times[0]):.3f} |")
 
 
 def steps(teacher: nn.Module, batches: list[Batch], folder: Path, turns: int, each: int) -> None:
@@ -209,19 +210,15 @@ def steps(teacher: nn.Module, batches: list[Batch], folder: Path, turns: int, ea
     with ExitStack() as stack:
         pairs = [pair(way, teacher, batches, folder, stack) for way in WAYS.values()]
         trains = [train for both in pairs for train in both]
-        endless = [cycle(batches) for _ in trains]
-
-        def work(number: int) -> Callable[[], object]:
-            return lambda: trains[number](list(islice(endless[number], each)))
-
-        seconds = taking_turns([work(number) for number in range(len(trains))], turns, CPU)
+        times = in_turns([endlessly(train, batches, each) for train in trains], turns, CPU)
     print("\n| step | by hand | to plain | distill | to plain by hand | to the same by hand |")
     print("| ---- | ------: | -------: | ------: | ---------------: | ------------------: |")
     for number, name in enumerate(WAYS):
-        hand_s, own_s = seconds[2 * number], seconds[2 * number + 1]
+        hand, own = times[2 * number], times[2 * number + 1]
         print(
-            f"| {name} | {hand_s / each * 1e3:.1f} ms | {hand_s / seconds[0]:.3f} "
-            f"| {own_s / each * 1e3:.1f} ms | {own_s / seconds[0]:.3f} | {own_s / hand_s:.3f} |"
+            f"| {name} | {median(hand) / each * 1e3:.1f} ms | {ratio(hand, times[0]):.3f} "
+            f"| {median(own) / each * 1e3:.1f} ms | {ratio(own, times[0]):.3f} "
+            f"| {ratio(own, hand):.3f} |"
         )
 
 

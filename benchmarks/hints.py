@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from contextlib import ExitStack
-from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import torch
 import torchvision
 from by_torchdistill import hints_by_torchdistill, is_installed
-from engine import Train, by_distill
+from engine import Train, by_distill, endlessly
+from timing import in_turns, ratio
 from torch import nn
 
 from distill.data.batch import Batch
@@ -29,6 +28,8 @@ from distill.data.batch import Batch
 TEACHERS = ("resnet34", "resnet50", "resnet101", "resnet152")
 CPU = torch.device("cpu")
 LAYER, WIDTH = "layer1", 64
+STEPS = 2
+"""Of a side, each time."""
 FRONT = ("conv1", "bn1", "relu", "maxpool", LAYER)
 REDESIGNS = ("whole", {"type": "sequential", "params": {"modules": list(FRONT)}}, "needed")
 
@@ -94,10 +95,8 @@ def _by_torchdistill(teacher: str) -> Train:
     return hints_by_torchdistill(deep, thin, FRONT, (WIDTH, _channels(teacher)), CPU)
 
 
-def compare(
-    teacher: str, batches: list[Batch], folder: Path, *, turns: int, steps: int
-) -> list[float]:
-    """Return the median seconds of a step: by hand, by distill for each redesign, torchdistill."""
+def compare(teacher: str, batches: list[Batch], folder: Path, turns: int) -> list[list[float]]:
+    """Return the seconds of each turn: by hand, by distill for each redesign, torchdistill."""
     with ExitStack() as stack:
         torch.manual_seed(0)
         deep = torchvision.models.get_model(teacher)  # type: ignore[attr-defined]
@@ -108,17 +107,7 @@ def compare(
         sides += [by_distill(experiment, folder, stack) for experiment in described]
         if is_installed():
             sides.append(_by_torchdistill(teacher))
-        times: list[list[float]] = [[] for _ in sides]
-        endless = cycle(batches)
-        for turn in range(turns + 1):
-            chosen = list(islice(endless, steps))
-            for place in range(len(sides)):
-                number = (place + turn) % len(sides)
-                started = perf_counter()
-                sides[number](chosen)
-                if turn:  # the first warms up
-                    times[number].append((perf_counter() - started) / steps)
-    return [median(side) for side in times]
+        return in_turns([endlessly(side, batches, STEPS) for side in sides], turns, CPU)
 
 
 def main() -> None:
@@ -141,10 +130,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         for teacher in options.teachers:
-            seconds = compare(teacher, batches, Path(folder), turns=options.turns, steps=2)
-            hand, whole, _, needed, *theirs = seconds
-            cells = [f"{one * 1e3:.1f} ms" for one in seconds]
-            ratios = [f"{needed / other:.3f}" for other in (hand, whole, *theirs)]
+            times = compare(teacher, batches, Path(folder), options.turns)
+            hand, whole, _, needed, *theirs = times
+            cells = [f"{median(one) / STEPS * 1e3:.1f} ms" for one in times]
+            ratios = [f"{ratio(needed, other):.3f}" for other in (hand, whole, *theirs)]
             empty = [""] * (not theirs)
             row = [teacher.replace("resnet", "ResNet-"), *cells, *empty, *ratios, *empty]
             print(f"| {' | '.join(row)} |", flush=True)

@@ -1,39 +1,41 @@
 """What the loop costs: distillation by `distill run`, by hand and by torchdistill, step by step.
 
 All sides train the same models on the same batches in memory, a few steps in turn, so that
-whatever slows the machine slows all. Printed are medians of the time of a step, their ratio to the
-loop by hand, and the peak memory of processes that run one side only. torchdistill takes part where
-it is installed and has what a case wants.
+whatever slows the machine slows all. Printed are medians of the time of a step, that of the turns'
+ratios to the loop by hand, and the peak memory of processes that run one side only. torchdistill
+takes part where it is installed and has what a case wants.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from threading import Event, Thread
-from time import perf_counter
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from by_torchdistill import by_torchdistill, is_installed
-from engine import by_distill
+from engine import Train, by_distill, endlessly
+from timing import Work, in_turns, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.data.batch import Batch
-from distill.distributed import rank, world_size
+from distill.distributed import rank, sum_over_ranks, world_size
 
 TEMPERATURE, ALPHA, CLASSES = 4.0, 0.5, 10
 SHORT = 10
@@ -41,7 +43,6 @@ SHORT = 10
 HOOKED = ["layer1", "layer2", "layer3", "layer4"]
 PROCESSES = 3
 """In so many, one after the other, peak memory is measured."""
-Train = Callable[[list[Batch]], None]
 
 
 @dataclass(frozen=True)
@@ -245,46 +246,50 @@ def _by_torchdistill(case: Case, device: torch.device) -> Train:
     return by_torchdistill(teacher, student, device, *settings, reduced=reduced)
 
 
-def compare(case: Case, device: torch.device, turns: int) -> dict[str, float]:
-    """Return the median seconds of a step of each side, taking turns."""
-    endless = cycle(batches_of(case))
+def compare(case: Case, device: torch.device, turns: int) -> dict[str, list[float]]:
+    """Return the seconds of a step of each side, turn by turn."""
+    batches = batches_of(case)
     with ExitStack() as stack:
-        sides: dict[str, Train] = {}
+        tasks: dict[str, Work] = {}
         for name, make in sides_of(case, device, stack).items():
             torch.manual_seed(0)
-            sides[name] = make()
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in range(turns + 1):
-            chosen = list(islice(endless, case.steps))
-            names = list(sides)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                if world_size() > 1:
-                    dist.barrier()
-                started = perf_counter()
-                sides[name](chosen)
-                if turn:  # the first warms up
-                    times[name].append((perf_counter() - started) / case.steps)
-    return {name: median(found) for name, found in times.items()}
+            tasks[name] = endlessly(make(), batches, case.steps)
+        waits = dist.barrier if world_size() > 1 else lambda: None
+        times = in_turns(list(tasks.values()), turns, device, before=waits)
+    steps = [[seconds / case.steps for seconds in each] for each in times]
+    return dict(zip(tasks, steps, strict=True))
 
 
 def peak(name: str, which: str, device: str) -> float:
-    """Return the MB that a process takes at most which runs one side only."""
-    command = [sys.executable, __file__, "--device", device, "--memory", which, "--case", name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    """Return the MB that processes take at most which run one side only."""
+    given = ["--device", device, "--memory", which]
+    return float(_in_processes(name, given).split()[-1])
 
 
 def measure_peak(case: Case, which: str, device: torch.device) -> float:
-    """Return what ``peak`` asks a process for."""
+    """Return what ``peak`` asks processes for, which is what all of them take.
+
+    That is beside what a process has before its first step; or where a compiler leaves much behind
+    in that step, before the fourth.
+    """
     with ExitStack() as stack:
         side = sides_of(case, device, stack)[which]()
         batches = batches_of(case)
+        if case.compiled:
+            side(batches[:3])
+        _give_back()
         if device.type == "cuda":
             side(batches[:3])
             return torch.cuda.max_memory_allocated(device) / 1e6
         with _Sampled() as sampled:
             side(batches[:3])
-        return sampled.most / 1e6
+        return sum_over_ranks(torch.tensor([sampled.most / 1e6]), device).item()
+
+
+def _give_back() -> None:
+    """Let the system have what nobody uses."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class _Sampled:
@@ -307,14 +312,17 @@ class _Sampled:
         self._thread.join()
 
 
-def _in_processes(name: str, turns: int, processes: int) -> Iterator[str]:
-    """Measure a case in several processes; yield what the first one prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), __file__, "--case", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += ["--turns", str(turns)]
+def _in_processes(name: str, arguments: list[str]) -> str:
+    """Measure a case in processes of its own; return what the first one prints."""
+    processes = CASES[name].processes
+    command, environment = [sys.executable], dict(os.environ)
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes)]
+        environment["OMP_NUM_THREADS"] = "1"
+    command += [__file__, "--case", name, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    yield from (line for line in done.stdout.splitlines() if line.startswith("| the"))
+    return done.stdout
 
 
 def main() -> None:
@@ -326,32 +334,38 @@ def main() -> None:
     parser.add_argument("--memory", metavar="SIDE", help="only the peak memory of this side")
     given = parser.parse_args()
     device = torch.device(given.device)
-    if given.memory:
-        print(measure_peak(CASES[given.case], given.memory, device))
-        return
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    if rank() == 0 and not given.case:
+    if given.memory:
+        most = measure_peak(CASES[given.case], given.memory, device)
+        if rank() == 0:
+            print(most)
+        return
+    if "RANK" not in os.environ and not given.case:
         print("| work | by hand | distill | torchdistill | distill : hand | memory : hand's |")
         print("| ---- | ------: | ------: | -----------: | -------------: | --------------: |")
     for name, case in CASES.items():
         if given.case not in (None, name):
             continue
-        if case.processes > 1 and "RANK" not in os.environ:
-            print("\n".join(_in_processes(name, given.turns, case.processes)), flush=True)
+        if "RANK" in os.environ:
+            found = compare(case, device, given.turns)
+            if rank() == 0:
+                print(json.dumps(found))
             continue
-        found = compare(case, device, given.turns)
-        # What a compiler takes, and what a tiny model does, hide what the loop takes.
-        is_seen = case.steps <= SHORT and case.processes == 1 and not case.compiled
-        memory = _memory(name, given.device) if is_seen else ""
-        if rank() == 0:
-            cells = [_time(found.get(side)) for side in ("hand", "distill", "torchdistill")]
-            ratio = found["distill"] / found["hand"]
-            print(f"| {name} | {' | '.join(cells)} | {ratio:.3f} | {memory} |", flush=True)
+        if case.processes > 1:
+            printed = _in_processes(name, ["--turns", str(given.turns)])
+            found = json.loads(printed.splitlines()[-1])
+        else:
+            found = compare(case, device, given.turns)
+        # What a tiny model takes hides what the loop does.
+        memory = _memory(name, given.device) if case.steps <= SHORT else ""
+        cells = [_time(found.get(side)) for side in ("hand", "distill", "torchdistill")]
+        to_hand = ratio(found["distill"], found["hand"])
+        print(f"| {name} | {' | '.join(cells)} | {to_hand:.3f} | {memory} |", flush=True)
 
 
-def _time(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.3f} ms"
+def _time(seconds: list[float] | None) -> str:
+    return "" if seconds is None else f"{median(seconds) * 1e3:.3f} ms"
 
 
 def _memory(name: str, device: str) -> str:

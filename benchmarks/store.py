@@ -29,7 +29,7 @@ import torch
 from data import write_photos
 from engine import opened
 from PIL import Image
-from timing import taking_turns
+from timing import in_turns, ratio
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -204,12 +204,13 @@ def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
             for one in (stored, bf16):
                 one.epoch()
             tasks = [plain.epoch, filling.filling, stored.epoch, free.epoch, bf16.epoch]
-            medians = taking_turns(tasks, turns, CPU, warms_up=False)
-            no, first, later, none, fast = medians
+            times = in_turns(tasks, turns, CPU, warms_up=False)
+            no, first, later, none, fast = times
         published = f"{PUBLISHED[teacher]:.2f}" if teacher in PUBLISHED else ""
         print(
-            f"| {teacher} | {no:.2f} | {first:.2f} | {later:.2f} | {none:.2f} | {first / no:.3f} | "
-            f"{later / none:.3f} | {fast / no:.2f} | {no / later:.2f} | {published} |",
+            f"| {teacher} | {' | '.join(f'{median(one):.2f}' for one in times[:4])} | "
+            f"{ratio(first, no):.3f} | {ratio(later, none):.3f} | {ratio(fast, no):.2f} | "
+            f"{ratio(no, later):.2f} | {published} |",
             flush=True,
         )
 
@@ -231,10 +232,10 @@ def views(turns: int, samples: int, crop: int) -> None:
         role = {"store": {"encoding": "top_k"}}
         one = side(described("resnet18", data, dataset, **role), Path(folder, "one"), stack)
         one.epoch()
-        plain, stored = taking_turns([alone.epoch, one.epoch], turns, CPU)
+        plain, stored = in_turns([alone.epoch, one.epoch], turns, CPU)
     print(
-        f"| {samples} JPEGs of 500 x 375, crops of {crop} | {plain:.2f} s | {stored:.2f} s | "
-        f"{stored / plain:.3f} | 0.84 |",
+        f"| {samples} JPEGs of 500 x 375, crops of {crop} | {median(plain):.2f} s | "
+        f"{median(stored):.2f} s | {ratio(stored, plain):.3f} | 0.84 |",
         flush=True,
     )
 
