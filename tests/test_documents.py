@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from distill.cli import EXIT_CODES
+from distill.cli_errors import BUG, RESUMABLE
 from distill.config import inheritance, resolve, schema
+from distill.errors import DistillError
 from distill.weight_schedule import WeightSchedule
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +74,18 @@ def test_documented_defaults_are_those_in_force() -> None:
         "name",
     }
     assert {key for key, default in written.items() if default == "required"} == required - {"data"}
+
+
+def test_documented_exit_codes_are_those_of_help_and_of_every_error() -> None:
+    table = re.findall(r"^\| (\d+) \|", PAGE.split("exit codes:\n", 1)[1], re.MULTILINE)
+    listed = re.findall(r"(\d+) ", EXIT_CODES)
+    assert table == listed
+    kinds, found = [DistillError], {BUG, RESUMABLE, 0}
+    while kinds:
+        kind = kinds.pop()
+        found.add(kind.exit_code)
+        kinds += kind.__subclasses__()
+    assert sorted(found) == [int(code) for code in listed]
 
 
 def test_the_architecture_page_names_every_file_of_core() -> None:

@@ -215,11 +215,22 @@ def test_a_stage_ends_with_its_speed_and_where_its_time_went():
         "  | part of a step     |    median |   share |",
         "  | ------------------ | --------: | ------: |",
         "  | forward of teacher | 12.500 ms |  25.0 % |",
-        "  | step               | 50.000 ms | 100.0 % |",
-        "  Every step since the run was last started is measured, but at most three in front. "
-        "Shares are of their total time, medians of one step.",
+        "  | whole step         | 50.000 ms | 100.0 % |",
+        "  Median: time in a step that has the part; medians need not add up. Share: of all time.",
+        "  Measured: the stage's steps since the run was last started, less up to three in front.",
         "  student: last.safetensors",
     ]
     slow = StageResult(1, "kd", "thin", 10, 2, 3.0, samples_per_second=2.345)
     text = printed(("stage_end", StageEnd(Position(1, 1), slow, [Path("last.safetensors")])))
     assert "  speed: 2.35 samples/s\n" in text
+
+
+def test_a_profile_of_a_gpu_says_that_its_parts_waited():
+    result = StageResult(1, "kd", "thin", 10, 2, 3.0, profile=PROFILE)
+    event = ("stage_end", StageEnd(Position(1, 1), result, [Path("last.safetensors")]))
+    assert "waited for the GPU" not in printed(event)
+    assert "Each part waited for the GPU" in printed(event, environment={"gpu": "H100"})
+
+
+def test_a_run_begins_with_what_is_to_be_known_of_it():
+    assert printed(notes=["look out"]).splitlines()[-1] == "note: look out"

@@ -318,8 +318,8 @@ def test_the_report_says_which_steps_were_measured(tmp_path):
     assert "share is measured on steps with a log line" in report
     assert "medians" not in report
     report = (profiled / "report.md").read_text()
-    assert "share is measured on every step but at most three in front" in report
-    assert "Shares are of their total time, medians of one step." in report
+    assert "share is measured on every step less up to three in front" in report
+    assert "medians need not add up. Share: of all time. Measured: the" in report
 
 
 def test_the_report_of_a_run_on_gpus_says_whose_memory_it_is_and_that_a_profile_waits(tmp_path):
@@ -332,3 +332,14 @@ def test_the_report_of_a_run_on_gpus_says_whose_memory_it_is_and_that_a_profile_
     assert "| stage | seed | training |" in report
     assert "what tensors take on the GPU at most, of the process that takes most" in report
     assert report.count("Each part waited for the GPU") == 2
+
+
+def test_looking_at_a_finished_run_is_no_training_of_it(tmp_path):
+    record(start(tmp_path), [*whole_stage(1, 0), END])
+    finished = {1: Position(1, 2, 0)}
+    later = {**ENVIRONMENT, "started": "later"}
+    record(start(tmp_path, resumed=finished, environment=later), [END])
+    assert "later" not in (tmp_path / "report.md").read_text()
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+    record(start(tmp_path, resumed={1: Position(1, 0, 1)}, environment=later), [END])
+    assert "later" in (tmp_path / "report.md").read_text()

@@ -10,7 +10,8 @@ from distill.config.load import draft, load
 from distill.config.overrides import override_experiment
 from distill.config.yaml_document import parse
 from distill.errors import ConfigError
-from distill.registry import Entry, Registry
+from distill.registry import SINGULAR, Entry, Registry
+from distill.testing import ToyMLP
 from distill.training.check import check
 
 TYPOS = [
@@ -305,3 +306,38 @@ def test_an_override_of_an_inherited_key_is_checked_at_its_own_place(experiment_
     assignment = "stages.distil.optimizer.params.lrr=1"
     (fault,) = faults_of(experiment_text, registry, assignment)
     assert fault.startswith(f"-s {assignment}: stages.distil.optimizer.params.lrr: optimizer SGD:")
+
+
+def counted(hidden: int = 8, num_classes: int = 3) -> ToyMLP:
+    """A model that tells how many logits it gives."""
+    return ToyMLP(hidden, classes=num_classes)
+
+
+def faults_of_many(text, registry, wide):
+    """Faults of a file that stores, and counts the hits among, three logits of models so made."""
+    every = [entry for kind in SINGULAR for entry in registry.entries(kind)]
+    parts = Registry([*every, Entry("models", "counted", counted, "here")])
+    text = text.replace("ToyMLP, params: {hidden: 16}", f"counted, params: {wide}")
+    text = text.replace("model: wide, mode", "model: wide, store: {encoding: top_k, top: 3}, mode")
+    text = text.replace("[accuracy]", "[{type: accuracy, params: {top_k: 3}}]")
+    return faults_of(text, parts)
+
+
+@pytest.mark.parametrize(("wide", "classes"), [("{}", 3), ("{num_classes: 4}", 4)])
+def test_a_store_keeps_fewer_logits_than_there_are(experiment_text, registry, wide, classes):
+    found = faults_of_many(experiment_text, registry, wide)
+    said = "store.top: top_k keeps fewer logits than there are: 'wide' has 3, and top is 3"
+    assert [said in fault for fault in found] == [True] * (classes == 3)
+
+
+def test_hits_are_not_counted_among_more_classes_than_there_are(experiment_text, registry):
+    found = faults_of_many(experiment_text, registry, "{num_classes: 2}")
+    said = "metrics[0]: counts the first 3 of 2 classes, which is all: write a smaller top_k"
+    places = [fault.split(": ")[1] for fault in found if said in fault]
+    assert places == ["stages.teach.metrics[0]", "test.metrics[0]"]
+
+
+def test_how_many_logits_a_redesigned_model_gives_is_not_known(experiment_text, registry):
+    wide = "{num_classes: 2}, redesign: {type: whole}"
+    found = faults_of_many(experiment_text, registry, wide)
+    assert not any("counts the first" in fault or "top_k keeps" in fault for fault in found)

@@ -1,7 +1,9 @@
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from distill.cli import main
@@ -136,7 +138,9 @@ def test_wrong_usage_ends_with_2(arguments):
 
 
 def test_check_with_data_opens_data_and_runs_two_samples(distill, exp, experiment_text):
-    assert distill("check", exp, "--data").exit_code == 0
+    good = distill("check", exp, "--data")
+    assert good.exit_code == 0
+    assert "(2 stages, 2 models); two samples have gone through every stage\n" in good.stdout
     exp.write_text(experiment_text.replace("size: 24", "size: 24, classes: 5"))
     assert distill("check", exp).exit_code == 0
     result = distill("check", exp, "--data")
@@ -169,6 +173,53 @@ def test_run_eval_and_inspect_of_a_small_experiment(distill, exp):
     assert "wide: (2, 4) -> (2, 3)" in shown.stdout
 
 
+def test_a_profile_of_a_finished_run_is_answered_with_how_to_begin_anew(distill, exp):
+    given = ("run", exp, "-s", "stages.teach.epochs=1")
+    assert "nothing to profile" not in distill(*given, "--profile").stdout
+    assert "nothing to profile" not in distill(*given).stdout
+    again = distill(*given, "--profile")
+    assert again.exit_code == 0
+    (note,) = [line for line in again.stdout.splitlines() if "nothing to profile" in line]
+    assert "this run is finished; -s name=NEW starts it anew" in note
+    assert "| part of a step " in distill(*given, "--profile", "-s", "name=NEW").stdout
+
+
+FOUND_LATE = {
+    "no data": ("size: 24", "size: 0", 5, "the data set is empty"),
+    "classes": ("size: 24", "size: 24, classes: 5", 5, "'train' has 5 classes"),
+    "shapes": ("out_features: 16", "out_features: 15", 2, "MSELoss failed on"),
+    "checkpoint": ("{hidden: 4}", "{hidden: 4}, checkpoint: gone.safetensors", 2, "gone"),
+    "top": (
+        "teacher: {model: wide, mode",
+        "teacher: {model: wide, store: {encoding: top_k, top: 3}, mode",
+        5,
+        "stages.distil.teacher.store: 'teacher' has the shape (2, 3); encoding top_k is for logits",
+    ),
+    "top_k": (
+        "metrics: [accuracy]",
+        "metrics: [{type: accuracy, params: {top_k: 4}}]",
+        2,
+        "'accuracy(top_k=4)' cannot be measured on data set 'val': counts the first 4 of 3 classes",
+    ),
+    "device": ("device: cpu", "device: cuda:99", 2, "cuda:99"),
+}
+
+
+@pytest.mark.parametrize("fault", FOUND_LATE)
+def test_a_fault_found_in_data_reads_as_in_a_check_and_leaves_no_folder(
+    distill, exp, experiment_text, fault
+):
+    piece, other, code, said = FOUND_LATE[fault]
+    assert piece in experiment_text
+    exp.write_text(experiment_text.replace(piece, other, 1))
+    checked, ran = distill("check", exp, "--data"), distill("run", exp)
+    assert (ran.exit_code, ran.output) == (checked.exit_code, checked.output)
+    assert ran.exit_code == code
+    assert said in ran.output
+    assert is_clean(ran)
+    assert {file.name for file in exp.parent.iterdir()} == {"exp.yaml"}
+
+
 def test_processes_are_not_handed_on():
     from distill.launcher import without_processes
 
@@ -191,3 +242,36 @@ def test_other_ranks_say_nothing(distill, exp, experiment_text, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     result = distill("check", exp)
     assert (result.exit_code, result.output) == (2, "")
+
+
+def ways_to_end(distill, exp, text, monkeypatch):
+    """Each way in which a command ends, by its exit code."""
+    yield 0, distill("check", exp)
+    yield 2, distill("check", exp, "-s", "stages.teach.epochs=0")
+    yield 2, distill("chekc")
+    yield 3, distill("check", exp, "-p", "gone.py")
+    yield 4, distill("run", exp, "-s", "stages.teach.optimizer.params.lr=1e38")
+    yield 5, distill("check", exp, "--data", "-s", "datasets.train.params.size=0")
+    yield 6, distill("run", exp, "--runs", exp)
+    for code, error in (
+        (70, ZeroDivisionError),
+        (70, torch.OutOfMemoryError),
+        (75, KeyboardInterrupt),
+    ):
+        monkeypatch.setattr("distill.runner.run", lambda *_, error=error, **__: throw(error))
+        yield code, distill("run", exp)
+
+
+def throw(error):
+    raise error
+
+
+def test_the_exit_codes_of_help_are_those_that_commands_end_with(
+    distill, exp, experiment_text, monkeypatch
+):
+    ends = [(code, end) for code, end in ways_to_end(distill, exp, experiment_text, monkeypatch)]
+    assert [code for code, _ in ends] == [end.exit_code for _, end in ends]
+    text = CliRunner().invoke(main, ["--help"]).stdout
+    said = " ".join(text.split("Exit codes:")[1].split())
+    listed = [int(number) for number in re.findall(r"(\d+) ", said)]
+    assert listed == sorted({code for code, _ in ends})

@@ -116,20 +116,20 @@ def test_a_profile_has_each_part_of_a_step_as_they_come(now):
     loop.epoch(batches(now, 9), steps=9)
     found = loop.clock.profile()
     assert {part: numbers["seconds"] for part, numbers in found.items()} == {
-        "data (waiting for the loader)": DATA,
-        "transfer and batch transforms": TRANSFER,
+        "data": DATA,
+        "copy to device, batch transforms": TRANSFER,
         "forward of teacher": TEACHER,
         "forward of student": STUDENT,
         "auxiliary module neck": NECK,
         "loss match": LOSS,
         "backward": BACKWARD,
         "optimizer": OPTIMIZER,
-        "other": 0,
+        "rest (schedules, EMA, in between)": 0,
         "step": STEP,
     }
     assert list(found)[:4] == [
-        "data (waiting for the loader)",
-        "transfer and batch transforms",
+        "data",
+        "copy to device, batch transforms",
         "forward of teacher",
         "forward of student",
     ]
@@ -137,6 +137,21 @@ def test_a_profile_has_each_part_of_a_step_as_they_come(now):
     assert sum(n["share"] for part, n in found.items() if part != "step") == pytest.approx(1)
     assert loop.clock.timed == 9 - profile.WARM_UP
     assert distiller.timer is distiller.criterion.timer is None
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        ({"in_memory": True}, "data: making batches from memory"),
+        ({"workers": 1}, "data: waiting for workers"),
+        ({"workers": 0}, "data: reading samples (no workers)"),
+    ],
+)
+def test_a_profile_says_how_the_data_comes(tmp_path, data, part):
+    data = {"train": "train", "validate": "val", "batch_size": 8, **data}
+    experiment = toy_experiment(tmp_path, {"data": data})
+    result = run(experiment, registry=toy_registry(), runs=tmp_path / "runs", profile=True)
+    assert [name for name in result.stages[0].profile if name.startswith("data")] == [part]
 
 
 FIND, DECODE, ENCODE = 7, 8, 9
@@ -170,8 +185,8 @@ def test_reading_from_a_store_is_a_part_of_its_own_and_no_teacher_s(now, monkeyp
     loop.epoch(given, steps=9)
     found = {part: numbers["seconds"] for part, numbers in loop.clock.profile().items()}
     assert "forward of teacher" not in found
-    assert found["stored outputs of teacher"] == FIND + DECODE
-    assert found["data (waiting for the loader)"] == DATA
+    assert found["stored outputs of teacher, read or written"] == FIND + DECODE
+    assert found["data"] == DATA
     assert found["step"] == STEP - TEACHER + FIND + DECODE
     assert teachers_share(loop.clock) == 0
 
@@ -181,7 +196,7 @@ def test_writing_to_a_store_is_told_apart_from_the_teacher_s_forward(now, monkey
     loop.epoch(given, steps=9)
     found = {part: numbers["seconds"] for part, numbers in loop.clock.profile().items()}
     assert found["forward of teacher"] == TEACHER
-    assert found["stored outputs of teacher"] == FIND + ENCODE
+    assert found["stored outputs of teacher, read or written"] == FIND + ENCODE
     assert teachers_share(loop.clock) == pytest.approx(TEACHER / (STEP + FIND + ENCODE))
 
 
@@ -254,7 +269,7 @@ def test_log_lines_and_evaluations_are_no_part_of_a_step_but_schedules_are(now):
 
     loop.epoch(batches(now, 9), steps=9, on_log=log, after_step=after)
     found = loop.clock.profile()
-    assert found["other"]["seconds"] == 7
+    assert found["rest (schedules, EMA, in between)"]["seconds"] == 7
     assert found["step"]["seconds"] == STEP + 7
 
 

@@ -54,10 +54,10 @@ def test_what_is_said_otherwise_but_means_the_same_may_go_on(tmp_path, experimen
         ),
         (
             "stages.teach.optimizer.params.momentum=0.9",
-            "stages.teach.optimizer.params.momentum: None -> 0.9",
+            "stages.teach.optimizer.params.momentum: not given -> 0.9",
         ),
         ("models.thin.params.hidden=5", "models.thin.params.hidden: 4 -> 5"),
-        ("datasets.train.transforms=[]", "datasets.train.transforms: list [{'type': 'Scale',"),
+        ("datasets.train.transforms=[]", 'datasets.train.transforms: [{"type": "Scale",'),
         ("stages.distil.name=kd", "stages.kd.name: distil -> kd"),
     ],
 )
@@ -69,7 +69,7 @@ def test_another_version_of_the_file_is_refused_naming_the_keys(
     with pytest.raises(ConfigError) as caught, open_run(tmp_path, experiment(override)):
         pass
     assert f"\n  {named}" in str(caught.value)
-    assert "give this one another name, or move that run away" in str(caught.value)
+    assert "give this one another name (-s name=NEW), or move that run away" in str(caught.value)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 
 
@@ -138,7 +138,7 @@ def test_a_failed_write_leaves_nothing_half_written(tmp_path, experiment, monkey
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(StorageError, match="No space left"), open_run(tmp_path, experiment()):
         pass
-    assert {file.name for file in (tmp_path / "toy").iterdir()} <= {".lock"}
+    assert not (tmp_path / "toy").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path, experiment):
@@ -174,3 +174,28 @@ def test_an_attempt_that_failed_before_its_first_checkpoint_does_not_block_its_n
         pass
     with open_run(tmp_path, experiment("log_every=6")) as directory:
         assert "log_every: 6" in (directory / RESOLVED).read_text()
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path, experiment):
+    with pytest.raises(RuntimeError), open_run(tmp_path / "new" / "runs", experiment()):
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_was_there_before_a_run_stays(tmp_path, experiment, error):
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    with pytest.raises(error), open_run(tmp_path / "runs", experiment()):
+        raise error
+    assert (tmp_path / "runs" / "toy").exists()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(error), open_run(tmp_path / "other", experiment()):
+        raise error
+    assert not any((tmp_path / "other").iterdir())
+
+
+def test_a_run_that_has_left_something_keeps_its_folder(tmp_path, experiment):
+    left = tmp_path / "toy" / "metrics.jsonl"
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path, experiment()):
+        left.write_text(str(left.write_text("{}") / 0))
+    assert {file.name for file in left.parent.iterdir()} >= {GIVEN, RESOLVED, left.name}

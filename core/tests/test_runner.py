@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy
@@ -15,6 +16,7 @@ from distill.beginning import open_sources
 from distill.model_evaluation import evaluate
 from distill.testing import ToyMLP, run_processes, toy_experiment, toy_registry
 from distill.training.build import Builder
+from distill.training.checkpoint import load_state
 
 IMAGES = {
     "train": {
@@ -275,6 +277,63 @@ def test_several_seeds_are_each_a_run_of_their_own_and_go_on_from_a_kill(tmp_pat
         != (files["runs/toy/seed-3/kd/last.safetensors"])
     )
     assert [result["seed"] for result in results] == [3, 3, 3, 5, 5, 5]
+
+
+class Roll(Observer):
+    """Notes at the beginning of each stage which of the models that were built are still there."""
+
+    def __init__(self):
+        self.built, self.there, self.rehearsed = [], {}, {}
+
+    def build(self, name):
+        model = ToyMLP()
+        model.register_forward_pre_hook(lambda *_: self.called(name))
+        self.built.append((name, weakref.ref(model)))
+        return model
+
+    def alive(self):
+        return {name for name, model in self.built if model() is not None}
+
+    def called(self, name):
+        if not self.there and name not in self.rehearsed:
+            self.rehearsed[name] = self.alive()
+
+    def stage_start(self, event):
+        self.there[event.name] = self.alive()
+
+
+def chain(folder, roll):
+    """Run three stages, each of which has the student of the one before as its teacher."""
+    names = ("big", "mid", "small")
+    models = {name: {"type": "Named", "params": {"name": name}} for name in names}
+    stages = [
+        {
+            "name": f"to_{name}",
+            "student": {"model": name},
+            **({"teacher": {"model": of}} if of else {}),
+        }
+        for of, name in zip((None, *names), names, strict=False)
+    ]
+    parts = toy_registry(models={"Named": roll.build}, observers={"Roll": lambda: roll})
+    experiment = toy_experiment(folder, *stages, models=models, observers=["Roll"])
+    return run(experiment, registry=parts, runs=folder / "runs")
+
+
+def test_a_model_lives_and_is_saved_until_the_last_stage_that_runs_it(tmp_path):
+    roll = Roll()
+    directory = chain(tmp_path, roll).directory
+    assert roll.there == {
+        "to_big": {"big", "mid", "small"},
+        "to_mid": {"big", "mid", "small"},
+        "to_small": {"mid", "small"},
+    }
+    assert roll.rehearsed == {
+        "big": {"big", "mid", "small"},
+        "mid": {"big", "mid", "small"},
+        "small": {"mid", "small"},
+    }
+    assert load_state(directory / "checkpoint.pt")["models"].keys() == {"mid", "small"}
+    assert (directory / "to_big" / "last.safetensors").exists()
 
 
 def test_a_completed_run_trains_nothing_again(tmp_path):

@@ -13,7 +13,6 @@ from distill import store_building
 from distill.cli import main
 from distill.config.load import load
 from distill.store.folder import remove, verify
-from distill.store.near import as_yaml
 from distill.store.rows import META, Rows, create, open_rows
 from distill.store_building import build_stores
 from distill.testing import ToyMLP, toy_experiment, toy_registry
@@ -250,14 +249,6 @@ def test_damage_in_a_store_that_may_only_be_read_is_counted_and_stays(stores, mo
     monkeypatch.setattr("distill.store.rows.os.access", lambda *_: False)
     assert verify(stores / "b") == (2, 1)
     assert verify(stores / "b") == (2, 1)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(False, "false"), (None, "null"), (2, "2"), (1.5, "1.5"), ("fp32", "fp32")],
-)
-def test_values_are_told_as_a_file_has_them(value, text):
-    assert as_yaml(value) == text
 
 
 def test_a_build_says_first_what_it_makes_and_last_what_is_there(tmp_path):

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from distill.config.yaml_document import Document, override, parse, path_text, read
-from distill.errors import ConfigError, Location
+from distill.errors import ConfigError, Location, as_yaml
 
 EXPERIMENT = """\
 name: cifar10-fitnet
@@ -597,3 +597,11 @@ def test_whatever_is_assigned_gives_a_document_or_a_config_error():
         for _ in range(20):
             parsed_or_refused(override, document, [mutated(f"{keys}={value}", rng)])
     assert document == parse(EXPERIMENT)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(False, "false"), (None, "null"), (1.5, "1.5"), ("fp32", "fp32"), ([2], "[2]")],
+)
+def test_values_are_told_as_a_file_has_them(value, text):
+    assert as_yaml(value) == text

@@ -20,10 +20,14 @@ from distill.config.controlled import ALL
 from distill.config.experiment import CONTROLS
 from distill.errors import UsageError
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 wrong command or file, 3 plugin, 4 training left the numbers, 5 data, "
+    "6 storage, 70 bug or out of memory, 75 stopped: the same command goes on."
+)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODES)
 @click.version_option(package_name="distill-core", prog_name="distill")
 def main() -> None:
     """Distil knowledge from a teacher network into a student.
@@ -154,6 +158,7 @@ def check(
     click.echo(
         f"{file}: no faults ({stages} stage{'s' * (stages != 1)}, "
         f"{models} model{'s' * (models != 1)})"
+        f"{'; two samples have gone through every stage' * data}"
     )
     if not allow_remote_code:
         for fault in refusals(experiment, registry):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -93,3 +94,8 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     if name.lower() in lowered and lowered[name.lower()] not in near:
         near.insert(0, lowered[name.lower()])
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def as_yaml(value: object) -> str:
+    """Return a value as an experiment file may have it, in a message: ``false``, not ``False``."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from distill.beginning import begin, chosen_device, open_sources
-from distill.config.experiment import Control, Experiment
+from distill.config.experiment import Control, Experiment, Stage
 from distill.control_runs import control_experiments
 from distill.data.source import Source
 from distill.errors import ConfigError
@@ -21,7 +21,8 @@ from distill.training.build import STORES, Builder
 from distill.training.check import check as find_faults
 from distill.training.check import refusals
 from distill.training.prepared import prepare
-from distill.training.rehearsal import rehearse_measuring
+from distill.training.rehearsal import rehearse_measuring, rehearse_storing
+from distill.training.seed_run import SeedRun
 from distill.undrawn import Undrawn
 
 
@@ -90,22 +91,30 @@ def check_to_run(
 
 def rehearse_all(builder: Builder, sources: Mapping[str, Source], device: torch.device) -> None:
     """Run two samples through every stage, so that the last one fails now and not in a week."""
-    seed = builder.experiment.seeds[0]
-    run = begin(builder, seed, device, sources)
-    experiment = builder.experiment
-    for stage in experiment.stages:
+    run = begin(builder, builder.experiment.seeds[0], device, sources)
+    stages = builder.experiment.stages
+    for number, stage in enumerate(stages):
+        run.let_go(stages[number:])
         with ExitStack() as stack:
-            assembly = prepare(run, stage, stack).assembly
-            peers = list(stage.measured_peers)
-            place = stage.places.get("data.validate", stage.path)
-            roles = [role for role in (*assembly.roles, *peers) if role not in assembly.absent]
-            entries = stage.metrics
-            measured = [(name, roles, entries, place) for name in stage.data.validate]
-            if experiment.test is not None:
-                test = experiment.test
-                place = (*test.path, "dataset")
-                measured.append((test.dataset, [STUDENT, *peers], test.metrics, place))
-            for name, roles, entries, place in measured:
-                batch = run.first_measured(stage, sources[name], run.place(stage))
-                metrics = run.metrics(entries, stage.teachers)
-                rehearse_measuring(builder, assembly, sources[name], batch, roles, metrics, place)
+            _rehearse(run, stage, stack)
+
+
+def _rehearse(run: SeedRun, stage: Stage, stack: ExitStack) -> None:
+    """Run two samples through a stage, into its new stores, and through all that measures."""
+    builder = run.builder
+    prepared = prepare(run, stage, stack)
+    assembly = prepared.assembly
+    rehearse_storing(builder, assembly, prepared.stores, prepared.batch)
+    peers = list(stage.measured_peers)
+    place = stage.places.get("data.validate", stage.path)
+    roles = [role for role in (*assembly.roles, *peers) if role not in assembly.absent]
+    measured = [(name, roles, stage.metrics, place) for name in stage.data.validate]
+    test = builder.experiment.test
+    if test is not None:
+        place = (*test.path, "dataset")
+        measured.append((test.dataset, [STUDENT, *peers], test.metrics, place))
+    for name, roles, entries, place in measured:
+        source = run.sources[name]
+        batch = run.first_measured(stage, source, run.place(stage))
+        metrics = run.metrics(entries, stage.teachers)
+        rehearse_measuring(builder, assembly, source, batch, roles, metrics, place)

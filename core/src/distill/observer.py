@@ -28,6 +28,7 @@ class RunStart:
         resumed: seed -> where it goes on; what was recorded behind that place is void.
         files: name -> text of the experiment as given and as resolved.
         taken: stages whose outcome is taken from a run before, in place of training them.
+        notes: what a person should know before it begins.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RunStart:
     files: Mapping[str, str]
     resumed: Mapping[int, Position] = field(default_factory=dict)
     taken: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,21 @@ from distill import distributed
 from distill.config.experiment import Experiment
 from distill.config.yaml_document import read
 from distill.config.yaml_values import plain_value
-from distill.errors import ConfigError, Fault, StorageError
+from distill.errors import ConfigError, Fault, StorageError, as_yaml
 from distill.training.checkpoint import write_atomically
 
 GIVEN = "experiment.yaml"
 RESOLVED = "resolved.yaml"
+LOCK = ".lock"
+_ABSENT = object()
 
 
 @contextmanager
 def open_run(root: Path, experiment: Experiment) -> Iterator[Path]:
     """Take hold of the experiment's folder under ``root``, new or from a stopped run.
+
+    An error leaves no folder behind that was made here and holds nothing but the file of a run that
+    has not begun.
 
     Raises:
         ConfigError: if a run of this name was started from another file; it names the keys.
@@ -33,7 +38,8 @@ def open_run(root: Path, experiment: Experiment) -> Iterator[Path]:
     if not distributed.is_main():
         yield directory
         return
-    lock = filelock.FileLock(directory / ".lock")
+    lock = filelock.FileLock(directory / LOCK)
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -44,8 +50,26 @@ def open_run(root: Path, experiment: Experiment) -> Iterator[Path]:
     try:
         _claim(directory, experiment)
         yield directory
+    except BaseException:
+        _remove_unbegun(made)
+        raise
     finally:
         lock.release()
+
+
+def _remove_unbegun(made: Sequence[Path]) -> None:
+    """Remove a run's folder, and those around it, if they were made for a run that did not begin.
+
+    Args:
+        made: the folders that were not there before, the run's first.
+    """
+    with suppress(OSError):  # what cannot be removed may stay: it is in nobody's way
+        if not made or {file.name for file in made[0].iterdir()} - {GIVEN, RESOLVED, LOCK}:
+            return
+        for name in (GIVEN, RESOLVED, LOCK):
+            (made[0] / name).unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
 
 
 def seed_directory(directory: Path, experiment: Experiment, seed: int) -> Path:
@@ -105,8 +129,8 @@ def _read(resolved: Path) -> Any:
 def _changed(directory: Path, experiment: Experiment, changes: list[str]) -> Fault:
     listed = "".join(f"\n  {change}" for change in changes)
     return Fault(
-        f"{directory} holds a run of another version of this file; give this one another name, or "
-        f"move that run away. What differs:{listed}",
+        f"{directory} holds a run of another version of this file; give this one another name "
+        f"(-s name=NEW), or move that run away. What differs:{listed}",
         "name",
         experiment.document.locate(("name",)),
     )
@@ -116,7 +140,7 @@ def _changes(before: Any, now: Any, path: str) -> Iterator[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
             inner = f"{path}.{key}".lstrip(".")
-            yield from _changes(before.get(key), now.get(key), inner)
+            yield from _changes(before.get(key, _ABSENT), now.get(key, _ABSENT), inner)
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for number, (old, new) in enumerate(zip(before, now, strict=True)):
             name = new.get("name") if isinstance(new, Mapping) else None
@@ -126,7 +150,7 @@ def _changes(before: Any, now: Any, path: str) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    text = str(value) if not isinstance(value, (dict, list)) else f"{type(value).__name__} {value}"
+    text = "not given" if value is _ABSENT else as_yaml(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

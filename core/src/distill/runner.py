@@ -34,6 +34,11 @@ from distill.training.reuse import Origin, can_be_taken
 from distill.training.seed_run import Tell
 from distill.training.trainer import train_stage
 
+UNPROFILED = (
+    "there is nothing to profile, since this run is finished; -s name=NEW starts it anew, in a "
+    "folder of its own"
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -138,7 +143,8 @@ def _run(
             for each in (builder, *controls.values()):
                 rehearse_all(each, sources, device)
         with _observed(builder) as tell:
-            tell("run_start", _run_start(builder, directory, device, states, origin))
+            start = _run_start(builder, directory, device, states, origin, profiles=profiles)
+            tell("run_start", start)
             results: list[StageResult] = []
             for seed in experiment.seeds:
                 folder = seed_directory(directory, experiment, seed)
@@ -220,9 +226,11 @@ def _run_seed(
         run.trained = set(state["models"])
         for name, weights in state["models"].items():
             run.models[name].load_state_dict(weights)
-    for number in range(first, len(builder.experiment.stages)):
+    stages = builder.experiment.stages
+    for number in range(first, len(stages)):
+        run.let_go(stages[number:])
         resumed = state if state is not None and number == first and state["epoch"] else None
-        if origin is not None and builder.experiment.stages[number].name in origin.stages:
+        if origin is not None and stages[number].name in origin.stages:
             origin.take(run, number)
         else:
             train_stage(run, number, resumed)
@@ -263,8 +271,11 @@ def _run_start(
     device: torch.device,
     states: Mapping[int, Mapping[str, Any] | None],
     origin: Origin | None,
+    *,
+    profiles: bool = False,
 ) -> RunStart:
     experiment = builder.experiment
+    is_finished = all(is_complete(experiment, state) for state in states.values())
     return RunStart(
         name=experiment.name,
         directory=directory,
@@ -278,4 +289,5 @@ def _run_start(
             if state is not None
         },
         taken=origin.stages if origin is not None else (),
+        notes=[UNPROFILED] if profiles and is_finished else [],
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distill import Batch, Metric
+from distill import Batch, DataError, Metric
 from distill.builtin.logits import logits_and_labels
 
 
@@ -37,10 +37,17 @@ class Accuracy:
         """Count a batch.
 
         Raises:
-            DataError: if the output is no tensor of logits that fits the labels.
+            DataError: if the output is no tensor of logits that fits the labels, or of fewer than
+                ``top_k`` classes.
         """
         logits, labels = logits_and_labels("accuracy", output, batch)
-        top = logits.topk(min(self.top_k, logits.shape[1]), dim=1).indices
+        classes = logits.shape[1]
+        if self.top_k > classes:
+            raise DataError(
+                f"counts the first {self.top_k} of {classes} classes, which is all: write a "
+                "smaller top_k"
+            )
+        top = logits.topk(self.top_k, dim=1).indices
         self._hits = self._hits + (top == labels.unsqueeze(1)).sum()
         self._labels = self._labels + (labels >= 0).sum()
 

@@ -19,7 +19,7 @@ from distill import (
     StageStart,
     StepEnd,
 )
-from distill.builtin.speed import PROFILED, profile_table, speed_line
+from distill.builtin.speed import profile_legend, profile_table, speed_line
 
 SECONDS_BETWEEN_PLAIN_LINES = 30
 MOST_METRICS_IN_A_LINE = 4
@@ -34,11 +34,13 @@ class Console(Observer):
         self._width = 0
         self._last_line = monotonic()
         self._seeds = 1
+        self._on_gpu = False
 
     def run_start(self, event: RunStart) -> None:
         """Say what runs where."""
         self._seeds = len(event.seeds)
         environment = event.environment
+        self._on_gpu = bool(environment.get("gpu"))
         processes = environment.get("processes", 1)
         self._line(
             f"{event.name}: {_count(len(event.stages), 'stage')}, "
@@ -55,10 +57,11 @@ class Console(Observer):
                 )
             )
             self._line(f"seed {seed} {where}")
-
         if event.taken:
             stages = f"stage{'s' if event.taken[1:] else ''} {', '.join(event.taken)}"
             self._line(f"{stages}: the same as without the control, not trained again")
+        for note in event.notes:
+            self._line(f"note: {note}")
 
     def stage_start(self, event: StageStart) -> None:
         """Name the stage, its student and its teachers."""
@@ -130,8 +133,9 @@ class Console(Observer):
         if speed:
             self._line(f"  speed: {speed}")
         if event.result.profile:
-            table = profile_table(event.result.profile).replace("\n", "\n  ")
-            self._line(f"  {table}\n  {PROFILED}")
+            lines = profile_table(event.result.profile).splitlines()
+            for line in (*lines, *profile_legend(gpu=self._on_gpu)):
+                self._line(f"  {line}")
         self._line(f"  student: {event.files[0]}")
 
     def run_end(self, event: RunEnd) -> None:

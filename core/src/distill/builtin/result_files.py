@@ -20,7 +20,7 @@ from distill import (
     StageStart,
     StepEnd,
 )
-from distill.builtin.speed import PROFILED, profile_table, speed_table
+from distill.builtin.speed import profile_legend, profile_table, speed_table
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -35,7 +35,9 @@ class ResultFiles(Observer):
         """Take up the metrics where the run goes on, and note what it runs on."""
         self._start = event
         self._stores: dict[str, Callable[[], int]] = {}
-        self._sessions = [*_read_sessions(event.directory), dict(event.environment)]
+        self._sessions = _read_sessions(event.directory)
+        if not (self._sessions and _is_finished(event)):
+            self._sessions.append(dict(event.environment))
         _write_json(event.directory / ENVIRONMENT, self._sessions)
         self._rows_before = _rows_before(event)
         _write(event.directory / METRICS, "".join(_still_valid(event)))
@@ -134,6 +136,12 @@ class ResultFiles(Observer):
             **values,
         }
         self._metrics.write(json.dumps(line) + "\n")
+
+
+def _is_finished(event: RunStart) -> bool:
+    """Whether all there is to train has been trained before."""
+    done = [seed for seed, place in event.resumed.items() if place.stage == len(event.stages)]
+    return len(done) == len(event.seeds)
 
 
 def _still_valid(event: RunStart) -> list[str]:
@@ -268,7 +276,7 @@ def _speed(end: RunEnd, environment: Mapping[str, Any]) -> str:
     memory = "what tensors take on the GPU" if environment["gpu"] else "what the process takes"
     processes = ", of the process that takes most" if environment["processes"] > 1 else ""
     is_profiled = any(result.profile for result in end.results)
-    steps = "every step but at most three in front" if is_profiled else "steps with a log line"
+    steps = "every step less up to three in front" if is_profiled else "steps with a log line"
     return (
         f"{speed_table(end)}\n\nTraining is without measuring; samples are those of all "
         f"processes. The teachers' share is measured on {steps}. Peak memory is "
@@ -277,8 +285,8 @@ def _speed(end: RunEnd, environment: Mapping[str, Any]) -> str:
 
 
 def _profile(profile: Mapping[str, Mapping[str, float]], environment: Mapping[str, Any]) -> str:
-    waits = " Each part waited for the GPU, so these steps took longer than others."
-    return f"{profile_table(profile)}\n\n{PROFILED}{waits if environment['gpu'] else ''}"
+    legend = " ".join(profile_legend(gpu=bool(environment["gpu"])))
+    return f"{profile_table(profile)}\n\n{legend}"
 
 
 def _comparison(folder: Path, controls: ControlsEnd) -> str:

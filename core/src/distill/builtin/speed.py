@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from distill import RunEnd, StageEnd
 
 WITHOUT = "–"
-PROFILED = (
-    "Every step since the run was last started is measured, but at most three in front. Shares are "
-    "of their total time, medians of one step."
-)
+WHOLE = {"step": "whole step"}
 
 
 def speed_line(end: StageEnd) -> str:
@@ -47,10 +44,20 @@ def speed_table(end: RunEnd) -> str:
 def profile_table(profile: Mapping[str, Mapping[str, float]]) -> str:
     """Return where the time of a stage's steps went as a Markdown table."""
     rows = [
-        [part, f"{found['seconds'] * 1e3:,.3f} ms", f"{100 * found['share']:.1f} %"]
+        [WHOLE.get(part, part), f"{1e3 * found['seconds']:,.3f} ms", _exact(found["share"])]
         for part, found in profile.items()
     ]
     return markdown([["part of a step", "median", "share"], *rows])
+
+
+def profile_legend(*, gpu: bool) -> list[str]:
+    """Say how to read that table, in sentences."""
+    lines = [
+        "Median: time in a step that has the part; medians need not add up. Share: of all time.",
+        "Measured: the stage's steps since the run was last started, less up to three in front.",
+    ]
+    waits = "Each part waited for the GPU, so these steps took longer than others."
+    return [*lines, waits] if gpu else lines
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -68,6 +75,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
+
+
+def _exact(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _number(value: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.errors import StorageError
+from distill.errors import StorageError, as_yaml
 from distill.store.moved import NAMING, SEEN, Place, moved_places
 from distill.store.rows import META, read_meta
 
@@ -168,11 +168,6 @@ def _word(part: str, before: Any, now: Any) -> str:
     if max(len(before), len(now)) > SHORT:
         return word
     return f"{word} ({before}, now {now})"
-
-
-def as_yaml(value: str | float | None) -> str:
-    """Return a single value as an experiment file has it: ``false``, not ``False``."""
-    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def references(asked: list[str]) -> list[str]:

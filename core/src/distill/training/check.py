@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -10,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from distill.config.experiment import Component, Experiment, Metric, Stage
-from distill.errors import ConfigError, Fault
+from distill.config.experiment import Component, Experiment, Metric, Role, Stage, Teacher
+from distill.errors import ConfigError, Fault, PluginError
 from distill.registry import Registry
 from distill.training.build import Builder
 from distill.training.freezing import find_frozen
@@ -84,6 +85,8 @@ class _Checker:
                 for role, teacher in stage.teachers.items():
                     asked = assembly.distiller.addresses_of(role)
                     self._attempt(check_encoding, self.builder, teacher, role, asked)
+                    if any(address.value == role and not address.keys for address in asked):
+                        self._stored_logits(teacher)
             self._selections(stage, assembly)
         else:
             for kind, component in _wired(stage):
@@ -91,6 +94,35 @@ class _Checker:
         if stage.optimizer.component.type:  # else it is missing, which is a fault of the frame
             self._optimization(stage)
         self._metrics(stage)
+
+    def _stored_logits(self, teacher: Teacher) -> None:
+        """Look whether a store keeps fewer logits than there are, where that is known."""
+        classes = self._classes(teacher)
+        if teacher.store is None or teacher.store.encoding != "top_k" or classes is None:
+            return
+        if classes <= teacher.store.top:
+            message = (
+                f"top_k keeps fewer logits than there are: '{teacher.model}' has {classes}, and "
+                f"top is {teacher.store.top}; write a smaller top, or encoding: float16"
+            )
+            key = (*teacher.path, "store")
+            top = (*key, "top")
+            path = top if top in self.experiment.document.locations else (*key, "encoding")
+            self.faults.append(self.experiment.fault(path, message))
+
+    def _classes(self, role: Role) -> int | None:
+        """Return how many logits a model gives, if its ``num_classes`` says so."""
+        model = self.experiment.models.get(role.model)
+        if model is None or model.redesign or role.special or role.redesign:
+            return None
+        try:
+            factory = self.builder.registry.find("models", model.component.type).factory
+            usual = inspect.signature(factory).parameters.get("num_classes")
+        # Which is a fault of its own, or code that tells nothing of itself.
+        except (PluginError, TypeError, ValueError):
+            return None
+        given = model.component.params.get("num_classes", usual.default if usual else None)
+        return given if type(given) is int else None
 
     def _selections(self, stage: Stage, assembly: Assembly) -> None:
         """Look whether what the file freezes and groups is there, unless it is not built yet."""
@@ -121,6 +153,7 @@ class _Checker:
         for entry in stage.metrics:
             metric = self._attempt(self.builder.component, "metrics", entry.component)
             role = compares_with(metric) if metric is not None else None
+            self._top_k(entry, metric, [stage])
             if role is not None and role not in stage.teachers:
                 self._fault(entry, f"stage '{stage.name}' has no teacher '{role}' to compare with")
 
@@ -130,8 +163,18 @@ class _Checker:
         for entry in self.experiment.test.metrics if self.experiment.test else ():
             metric = self._attempt(self.builder.component, "metrics", entry.component)
             role = compares_with(metric) if metric is not None else None
+            self._top_k(entry, metric, self.experiment.stages)
             if role is not None and role not in roles:
                 self._fault(entry, f"no stage has a teacher '{role}' to compare with")
+
+    def _top_k(self, entry: Metric, metric: Any, stages: Sequence[Stage]) -> None:
+        """Refuse to count as right what is among more classes than there are."""
+        top_k = getattr(metric, "top_k", None)
+        known = [self._classes(stage.student) for stage in stages]
+        classes = min((number for number in known if number is not None), default=None)
+        if type(top_k) is int and classes is not None and top_k > classes:
+            what = f"counts the first {top_k} of {classes} classes, which is all"
+            self._fault(entry, f"{what}: write a smaller top_k")
 
     def _fault(self, metric: Metric, message: str) -> None:
         self.faults.append(self.experiment.fault(metric.component.path, message))

@@ -13,17 +13,21 @@ from typing import Any
 import torch
 
 from distill import distributed
+from distill.config.experiment import Data
 from distill.model.distiller import Distiller
 from distill.training.stage_outputs import StageOutputs
 
 if sys.platform != "win32":
     import resource
 
-DATA = "data (waiting for the loader)"
-TRANSFER = "transfer and batch transforms"
+DATA = "data"
+READ = "data: reading samples (no workers)"
+AWAITED = "data: waiting for workers"
+FROM_MEMORY = "data: making batches from memory"
+TRANSFER = "copy to device, batch transforms"
 BACKWARD = "backward"
 OPTIMIZER = "optimizer"
-OTHER = "other"
+OTHER = "rest (schedules, EMA, in between)"
 STEP = "step"
 FORWARD = {
     "student": "forward of {name}",
@@ -31,12 +35,18 @@ FORWARD = {
     "auxiliary": "auxiliary module {name}",
     "loss": "loss {name}",
 }
-STORED = "stored outputs of {name}"
-"""Reading them from a store, and writing to it what a teacher has computed."""
+STORED = "stored outputs of {name}, read or written"
 WARM_UP = 3
 """Steps in front of which a profile takes no notice."""
 LONGEST = 10_000
 """So many steps a median is over, the last ones."""
+
+
+def data_part(data: Data) -> str:
+    """Return what a step does, or waits for, to have its batch."""
+    if data.in_memory:
+        return FROM_MEMORY
+    return AWAITED if data.workers else READ
 
 
 class Untimed:
@@ -69,6 +79,7 @@ class StepClock(Untimed):
         log_every: steps between log lines. Steps with a log line are timed, or the last of an epoch
             without one, less the first of all.
         profiles: whether to time every part of every step, less a few in front.
+        data: what a profile calls having the batch, see ``data_part``.
 
     Attributes:
         teachers: seconds of timed steps that teachers took.
@@ -80,6 +91,7 @@ class StepClock(Untimed):
     device: torch.device
     log_every: int
     profiles: bool = False
+    data: str = DATA
     teachers: float = 0.0
     steps: float = 0.0
     timed: int = 0
@@ -178,7 +190,10 @@ class StepClock(Untimed):
         """Return each part's median ``seconds`` and its ``share`` of all steps; empty without."""
         whole = self._totals.get(STEP) or 1.0
         return {
-            part: {"seconds": median(self._each[part]), "share": self._totals[part] / whole}
+            self.data if part == DATA else part: {
+                "seconds": median(self._each[part]),
+                "share": self._totals[part] / whole,
+            }
             for part in self._in_order()
         }
 

@@ -15,7 +15,7 @@ from distill.training.loop import Loop
 from distill.training.measuring import Measuring
 from distill.training.optimizer import build_optimization
 from distill.training.prepared import Prepared
-from distill.training.profile import StepClock
+from distill.training.profile import StepClock, data_part
 from distill.training.seed_run import SeedRun, memory_format
 from distill.training.spread import Spread, spread
 from distill.training.stage_notes import stage_notes
@@ -82,7 +82,7 @@ def _loop(run: SeedRun, over: Spread, stack: ExitStack) -> Loop:
         memory_format(stage),
         over.parallel.hold,
         TermProbe(distiller, run.device, stage.name) if stage.term_gradients else None,
-        StepClock(distiller, run.device, log_every, run.profiles),
+        StepClock(distiller, run.device, log_every, run.profiles, data_part(stage.data)),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from distill.errors import ConfigError, DataError, DistillError
 from distill.model.capture import CaptureError
 from distill.model.criterion import TOTAL
 from distill.model.distiller import call_model
+from distill.model.stored import form_of
 from distill.model.wiring import Values, describe, first_line, value_name
 from distill.reference import STUDENT
 from distill.training.around import special_module
@@ -38,6 +39,7 @@ from distill.training.freezing import freeze
 from distill.training.metrics import Metric, compares_with, takes_teachers
 from distill.training.set_up import set_up, set_up_when_called
 from distill.training.stage import Assembly
+from distill.training.teacher_store import TeacherStore
 from distill.training.traceless import buffers_kept, in_eval_mode
 
 
@@ -201,6 +203,34 @@ def rehearse_measuring(
                 text = str(error) if isinstance(error, DistillError) else first_line(error)
                 message = f"'{name}' cannot be measured on data set '{source.name}': {text}"
                 raise experiment.error(place, message) from error
+
+
+def rehearse_storing(
+    builder: Builder, assembly: Assembly, stores: Mapping[str, TeacherStore], batch: Batch
+) -> None:
+    """See whether what teachers give for two samples has a form that their new stores can keep.
+
+    Args:
+        builder: of the experiment.
+        assembly: the stage, rehearsed.
+        stores: of its teachers by role.
+        batch: two samples as its models are given them.
+
+    Raises:
+        DataError: if it has none.
+    """
+    experiment, distiller = builder.experiment, assembly.distiller
+    assert distiller is not None
+    for role, store in stores.items():
+        kept = store.teacher.store
+        if kept is None or role in assembly.absent or store.is_there:
+            continue
+        values = distiller.values_of_teacher(role, replace(batch, stored={}))
+        try:
+            form_of(values, store.addresses, role, len(batch), kept)
+        except DataError as error:
+            fault = experiment.fault((*store.teacher.path, "store"), str(error))
+            raise DataError(str(fault)) from error
 
 
 def _show(

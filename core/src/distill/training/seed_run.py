@@ -42,10 +42,12 @@ class SeedRun:
 
     Attributes:
         directory: where its checkpoint and students go.
-        models: by name; those of the stage under way are where it runs them.
+        models: by name, until the last stage that runs them; those of the stage under way are where
+            it runs them.
         sources: opened data sets by name.
         parts: auxiliary modules and losses that later stages may carry on.
         results: of the stages that are over.
+        trained: names of models that checkpoints have to have.
         unloaded: names of models that are on the meta device, until ``load``.
         profiles: whether every part of a step is timed.
         kept: data sets in memory by name.
@@ -91,6 +93,13 @@ class SeedRun:
         self.models[name] = self.builder.model(name, self.seed)
         self.unloaded.discard(name)
         return self.models[name]
+
+    def let_go(self, stages: Iterable[Stage]) -> None:
+        """Forget the models that none of the stages to come runs; nothing saves them any more."""
+        needed = {name for stage in stages for name in stage.models}
+        self.models = {name: model for name, model in self.models.items() if name in needed}
+        self.trained &= needed
+        self.unloaded &= needed
 
     def assemble(self, stage: Stage, absent: Collection[str] = ()) -> Assembly:
         """Put a stage together; teachers in the roles ``absent`` stay out of memory.
