@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -96,3 +97,18 @@ def test_a_sample_without_negatives_has_a_sum_of_zero() -> None:
     found.sum().backward()
     assert found.tolist() == [0.0, 0.0]
     assert not embedding.grad.any()
+
+
+@pytest.mark.parametrize("noise", [1e-30, 1e-3, 1.0, 1e4, 1e12])
+def test_float32_keeps_its_digits_however_many_rows_and_however_likely(noise: float) -> None:
+    bank, embedding = vectors(517, 6), vectors(3, 6, seed=1)
+    marked = torch.rand(517, 3, generator=torch.Generator().manual_seed(2)) < 0.7
+    scores = bank @ embedding.T / 0.3 - math.log(noise)
+    wanted = (torch.nn.functional.softplus(scores) * marked).sum(0)
+    slopes = (torch.sigmoid(scores) * marked).T @ bank / 0.3
+    ours = embedding.float().requires_grad_()
+    negatives = Negatives(bank.float(), marked.sum(0), marked=marked)
+    found = log_noise_sums(ours, negatives, 0.3, torch.full((3,), noise))
+    found.sum().backward()
+    torch.testing.assert_close(found.double(), wanted, rtol=3e-6, atol=0)
+    torch.testing.assert_close(ours.grad.double(), slopes, rtol=3e-6, atol=3e-6 * slopes.max())

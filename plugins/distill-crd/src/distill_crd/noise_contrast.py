@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 PIECE = {"cpu": 2**20, "cuda": 2**26}
 """Bytes of the products that are taken together, by device type."""
@@ -21,7 +22,10 @@ FETCHED = {"cpu": 2**22, "cuda": 2**26}
 ROWS_OF_PRODUCTS = 64
 """Down to so many rows a processor multiplies a piece."""
 
-Piece = tuple[slice, Tensor, Tensor]
+LARGEST_CHANCE = 0.9
+"""Up to this a chance of one of several is as exact as that of none."""
+
+Piece = tuple[slice, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,12 @@ class Negatives:
     kept: Tensor | None = None
     marked: Tensor | None = None
 
-    def ratios(self, embedding: Tensor, log_noise: Tensor) -> Iterator[Piece]:
-        """Yield exp(product - log_noise) of embeddings (B, D) with their negatives, in pieces.
+    def scores(self, embedding: Tensor, log_noise: Tensor) -> Iterator[Piece]:
+        """Yield product - log_noise of embeddings (B, D) with their negatives, in pieces.
 
-        Each with the samples it is of, as (n, b), and the rows, (n, D) for all of them or (b, n,
-        D). It may be overwritten, and is by the next.
+        Each with the samples it is of, as (n, b), 1 for each negative among them and 0 for others,
+        likewise, and the rows, (n, D) for all of them or (b, n, D). All may be overwritten, and are
+        by the next, but for the rows.
         """
         if self.marked is not None:
             yield from self._of_marked(embedding, log_noise, self.marked)
@@ -64,15 +69,17 @@ class Negatives:
         for start in range(0, len(self.rows), size):
             rows = self.rows[start : start + size]
             shape = len(rows), len(narrow)
+            scores = space.like(embedding, "scores", *shape)
             # In this order both cores of a small machine take part.
-            products = torch.mm(rows, narrow.T, out=space.like(rows, "products", *shape))
-            # To copy what is of another type first takes no memory of its own each time.
-            ratios = products
-            if ratios.dtype != embedding.dtype:
-                ratios = space.like(embedding, "ratios", *shape).copy_(products)
+            if rows.dtype == embedding.dtype:
+                torch.addmm(log_noise, rows, narrow.T, beta=-1, out=scores)
+            else:
+                # To copy what is of another type first takes no memory of its own each time.
+                products = torch.mm(rows, narrow.T, out=space.like(rows, "products", *shape))
+                scores.copy_(products).sub_(log_noise)
             factors = space.like(embedding, "factors", *shape)
             factors.copy_(marked[start : start + size].view(torch.uint8))
-            yield slice(None), ratios.sub_(log_noise).exp_().mul_(factors), rows
+            yield slice(None), scores, factors, rows
 
     def _of_listed(
         self, embedding: Tensor, log_noise: Tensor, index: Tensor, kept: Tensor
@@ -81,7 +88,6 @@ class Negatives:
         negatives = min(index.shape[1], fetched)
         samples = max(1, fetched // negatives)
         narrow = embedding.to(self.rows.dtype)
-        factors = kept.view(torch.uint8)
         space = _Space()
         for first in range(0, len(index), samples):
             some = slice(first, first + samples)
@@ -94,8 +100,8 @@ class Negatives:
                 else:
                     rows = rows.view(len(narrow[some]), -1, rows.shape[1])
                     products = torch.bmm(rows, narrow[some, :, None])[..., 0].T
-                wide = products.to(embedding.dtype).sub_(log_noise[some])
-                yield some, wide.exp_().mul_(factors[some, start : start + negatives].T), rows
+                scores = products.to(embedding.dtype).sub_(log_noise[some])
+                yield some, scores, kept[some, start : start + negatives].T.to(scores.dtype), rows
 
     def _piece(self, sizes: Mapping[str, int], each: int) -> int:
         return max(1, sizes.get(self.rows.device.type, sizes["cpu"]) // each)
@@ -119,8 +125,9 @@ def exponential_sums(embedding: Tensor, negatives: Negatives, temperature: float
     """Return the sum of exp(product / temperature) over each sample's negatives, (B)."""
     with torch.no_grad():
         sums = embedding.new_zeros(len(embedding))
-        for some, ratios, _ in negatives.ratios(embedding / temperature, torch.zeros_like(sums)):
-            sums[some] += ratios.sum(0)
+        pieces = negatives.scores(embedding / temperature, torch.zeros_like(sums))
+        for some, scores, factors, _ in pieces:
+            sums[some] += scores.exp_().mul_(factors).sum(0)
     return sums
 
 
@@ -147,16 +154,19 @@ class _LogNoiseSums(torch.autograd.Function):
         sums = embedding.new_zeros(len(embedding))
         gradient = torch.zeros_like(embedding)
         space = _Space()
-        for some, ratios, rows in negatives.ratios(embedding / temperature, noise.log()):
-            spare = space.like(ratios, "spare", *ratios.shape)
-            sums[some] += _log_sums(ratios, spare)
-            weights = ratios.div_(torch.add(ratios, 1, out=spare))
+        pieces = negatives.scores(embedding / temperature, noise.log())
+        for some, scores, factors, rows in pieces:
+            spare = space.like(scores, "spare", *scores.shape)
+            # ratio / (1 + ratio), which the gradient is made of: the chance of being no noise.
+            chances = torch.sigmoid(scores, out=spare).mul_(factors)
+            weights = chances
             if weights.dtype != rows.dtype:
-                weights = space.like(rows, "weights", *ratios.shape).copy_(weights)
+                weights = space.like(rows, "weights", *chances.shape).copy_(chances)
             if rows.dim() == 2:
                 gradient[some] += weights.T @ rows
             else:
                 gradient[some] += torch.bmm(weights.T[:, None], rows)[:, 0]
+            sums[some] += _log_sums(scores, factors, chances)
         ctx.save_for_backward(gradient.div_(temperature))
         return sums
 
@@ -167,24 +177,35 @@ class _LogNoiseSums(torch.autograd.Function):
         return gradient * grads[0][:, None], None, None, None
 
 
-def _log_sums(ratios: Tensor, spare: Tensor) -> Tensor:
-    """Return the sums of log(1 + ratio) over rows, using memory of the same shape.
+def _log_sums(scores: Tensor, factors: Tensor, chances: Tensor) -> Tensor:
+    """Return the sums of log(1 + exp(score)), times factors, over rows.
 
-    On a processor a logarithm costs twenty times what a product does, so it is taken of products,
-    unless they leave the range of numbers.
+    On a processor a logarithm costs twenty times what a product does, so it is taken of products of
+    1 - chance, unless they are so close to 0 that digits are lost.
+
+    Args:
+        scores: (n, b).
+        factors: 0 or 1, (n, b).
+        chances: of the scores, 0 for factors of 0, (n, b); it is overwritten.
     """
-    if ratios.device.type == "cpu":
-        sums = _products(ratios, spare).log1p().sum(0)
-        if sums.isfinite().all():
-            return sums
-    return ratios.log1p().sum(0)
+    if scores.device.type == "cpu":
+        chances = _of_any(chances)
+        if (chances <= LARGEST_CHANCE).all():
+            return chances.neg_().log1p().sum(0).neg_()
+    return softplus(scores).mul_(factors).sum(0)
 
 
-def _products(ratios: Tensor, spare: Tensor) -> Tensor:
-    """Return the products of 1 + ratio of some rows each, less 1, without ever adding that 1."""
-    while len(ratios) > ROWS_OF_PRODUCTS:
-        half = len(ratios) // 2
-        one, other, rest = ratios.split([half, half, len(ratios) % 2])
-        ratios = torch.addcmul(one, one, other, out=spare[:half]).add_(other)
-        ratios[: len(rest)] += rest + rest * ratios[: len(rest)]
-    return ratios
+def _of_any(chances: Tensor) -> Tensor:
+    """Return the chance of at least one of some rows each, in the memory of the first ones.
+
+    That is a + b (1 - a) for two, which keeps all digits of small ones.
+    """
+    certain = chances.new_ones(())
+    while len(chances) > ROWS_OF_PRODUCTS:
+        half = len(chances) // 2
+        one, other, rest = chances[:half], chances[half : 2 * half], chances[2 * half :]
+        torch.lerp(one, certain, other, out=one)
+        if len(rest):
+            one[:1].lerp_(certain, rest)
+        chances = one
+    return chances
