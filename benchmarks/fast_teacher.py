@@ -241,7 +241,7 @@ def pair(
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=11, help="turns of each side")
+    parser.add_argument("--turns", type=int, default=21, help="turns of each side")
     parser.add_argument("--size", type=int, default=64, help="height and width of images")
     parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
