@@ -23,7 +23,7 @@ Positive = Literal["exact", "relaxed"]
 Exclude = Literal["class", "sample"]
 
 SMALLEST_TEMPERATURE = 0.0125
-MOST_ROWS_FOR_ONE = 8
+MOST_ROWS_FOR_ONE = 16
 """Banks of up to so many rows a negative are multiplied in whole; with more it would cost more than
 to fetch each negative by itself."""
 
