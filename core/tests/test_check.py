@@ -323,7 +323,9 @@ def faults_of_many(text, registry, wide):
     return faults_of(text, parts)
 
 
-@pytest.mark.parametrize(("wide", "classes"), [("{}", 3), ("{num_classes: 4}", 4)])
+@pytest.mark.parametrize(
+    ("wide", "classes"), [("{}", 3), ("{num_classes: 4}", 4), ("{num_classes: 0}", 0)]
+)
 def test_a_store_keeps_fewer_logits_than_there_are(experiment_text, registry, wide, classes):
     found = faults_of_many(experiment_text, registry, wide)
     said = "store.top: top_k keeps fewer logits than there are: 'wide' has 3, and top is 3"

@@ -4,6 +4,7 @@ import sys
 import textwrap
 
 import pytest
+import yaml
 
 from distill import ConfigError, StorageError, load
 from distill.run_directory import GIVEN, RESOLVED, open_run, seed_directory
@@ -36,6 +37,20 @@ def test_what_is_said_otherwise_but_means_the_same_may_go_on(tmp_path, experimen
         pass
     (tmp_path / "exp.yaml").write_text("# a comment\n" + experiment_text)
     with open_run(tmp_path, experiment("stages.distil.epochs=2")):
+        pass
+
+
+def test_a_key_that_an_earlier_version_did_not_know_and_nobody_sets_is_no_change(
+    tmp_path, experiment
+):
+    with open_run(tmp_path, experiment()) as directory:
+        resolved = yaml.safe_load((directory / RESOLVED).read_text())
+    unset = [key for key, value in resolved["stages"][0].items() if value is None]
+    assert unset
+    for key in unset:
+        del resolved["stages"][0][key]
+    (directory / RESOLVED).write_text(yaml.safe_dump(resolved))
+    with open_run(tmp_path, experiment()):
         pass
 
 

@@ -1,8 +1,11 @@
 """The commands on stores: what they say, what they end with, and what they leave alone."""
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import numpy
 import pytest
@@ -12,8 +15,10 @@ from safetensors.torch import save_file
 from distill import store_building
 from distill.cli import main
 from distill.config.load import load
+from distill.errors import StorageError
 from distill.store.folder import remove, verify
 from distill.store.rows import META, Rows, create, open_rows
+from distill.store.use import is_held, kept_to_itself
 from distill.store_building import build_stores
 from distill.testing import ToyMLP, toy_experiment, toy_registry
 
@@ -231,6 +236,44 @@ def test_other_folders_are_named_and_left_alone(stores):
     command("gc", "--unused", "0")
     assert names(stores) == ["photos"]
     assert command("ls") == (0, "no stores in stores\nno store: photos\n")
+
+
+def test_what_others_describe_in_a_file_of_the_same_name_is_no_store(stores):
+    (stores / "coco" / "images").mkdir(parents=True)
+    (stores / "coco" / META).write_text('{"format": "coco"}')
+    assert command("ls")[1].splitlines()[-1] == "no store: coco"
+    assert command("remove", "coco", "--yes")[0] != 0
+    with pytest.raises(StorageError, match="holds more than a store, or none"):
+        remove(stores / "coco")
+    assert (stores / "coco" / "images").is_dir()
+
+
+def test_whoever_looks_for_a_moment_keeps_nobody_from_using_a_store(stores):
+    with ThreadPoolExecutor() as threads:
+        with kept_to_itself(stores / "b" / META) as is_free:
+            assert is_free
+            opening = threads.submit(open_rows, stores / "b")
+            sleep(0.05)
+            assert not opening.done()
+        rows = opening.result()
+    assert is_held(stores / "b" / META)
+    rows.release()
+    assert not is_held(stores / "b" / META)
+
+
+def test_a_forked_process_does_not_use_what_its_parent_has_let_go(stores):
+    rows = open_rows(stores / "b")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)
+        os._exit(0)
+    rows.release()
+    try:
+        assert not is_held(stores / "b" / META)
+    finally:
+        os.write(writing, b"x")
+        os.waitpid(child, 0)
 
 
 def test_a_store_that_does_not_say_what_it_is_for_is_listed_all_the_same(stores):

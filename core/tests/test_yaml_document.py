@@ -601,7 +601,7 @@ def test_whatever_is_assigned_gives_a_document_or_a_config_error():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(False, "false"), (None, "null"), (1.5, "1.5"), ("fp32", "fp32"), ([2], "[2]")],
+    [(False, "false"), (None, "null"), (1.5, "1.5"), ("fp32", "fp32"), ("1", '"1"'), ([2], "[2]")],
 )
 def test_values_are_told_as_a_file_has_them(value, text):
     assert as_yaml(value) == text

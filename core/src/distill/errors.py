@@ -98,4 +98,14 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
 
 def as_yaml(value: object) -> str:
     """Return a value as an experiment file may have it, in a message: ``false``, not ``False``."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, str) and not _is_json(value):
+        return value
+    return json.dumps(value, default=str)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

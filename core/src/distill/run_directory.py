@@ -145,8 +145,14 @@ def _changes(before: Any, now: Any, path: str) -> Iterator[str]:
         for number, (old, new) in enumerate(zip(before, now, strict=True)):
             name = new.get("name") if isinstance(new, Mapping) else None
             yield from _changes(old, new, f"{path}.{name}" if name else f"{path}[{number}]")
-    elif before != now:
+    elif before != now and not _is_unset(before, now, path):
         yield f"{path}: {_short(before)} -> {_short(now)}"
+
+
+def _is_unset(before: Any, now: Any, path: str) -> bool:
+    """Whether a key of ours is not given on either side, which it may say of itself by null."""
+    is_ours = ".params." not in path
+    return is_ours and all(value is None or value is _ABSENT for value in (before, now))
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,7 @@ class Accuracy:
     """Counts hits and labels; the counts stay on the device until they are asked for."""
 
     def __init__(self, top_k: int):
-        self.top_k = top_k
+        self.top_k = self.classes_needed = top_k
         self.reset()
 
     def reset(self) -> None:
@@ -44,8 +44,8 @@ class Accuracy:
         classes = logits.shape[1]
         if self.top_k > classes:
             raise DataError(
-                f"counts the first {self.top_k} of {classes} classes, which is all: write a "
-                "smaller top_k"
+                f"accuracy counts the first {self.top_k} of {classes} classes, which is all: write "
+                "a smaller top_k"
             )
         top = logits.topk(self.top_k, dim=1).indices
         self._hits = self._hits + (top == labels.unsqueeze(1)).sum()

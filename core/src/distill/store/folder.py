@@ -15,7 +15,7 @@ import numpy
 
 from distill.errors import StorageError
 from distill.store.rows import META, OtherVersion, Rows, open_rows, read_meta
-from distill.store.use import is_held
+from distill.store.use import is_held, kept_to_itself
 
 BLOCK = 4096
 """So many rows are verified at a time."""
@@ -102,10 +102,9 @@ def _entry(folder: Path) -> Entry:
     try:
         meta = read_meta(folder)
         rows = open_rows(folder, touch=False)
-    except OtherVersion:
-        return Entry(folder, None, 0, nbytes, unused, state="of another version")
-    except StorageError:
-        state: State = "damaged" if _is_store(folder) else "no store"
+    except StorageError as error:
+        state: State = "of another version" if isinstance(error, OtherVersion) else "damaged"
+        state = state if _is_store(folder) else "no store"
         return Entry(folder, None, 0, nbytes, unused, state=state)
     each = meta.get("identity", {}).get("views") or 1
     complete = int((rows.checks["check"].reshape(-1, each) != 0).all(0).sum())
@@ -182,17 +181,19 @@ def remove(store: Path) -> int:
     """Remove a store and return how many bytes it had.
 
     Raises:
-        StorageError: if it is in use, or cannot be removed.
+        StorageError: if it is in use, holds what is none of a store's, or cannot be removed.
     """
-    if is_used(store):
-        raise StorageError(f"{store} is in use by a run or a build; end that first")
+    if not _is_store(store):
+        raise StorageError(f"{store} holds more than a store, or none; remove it by other means")
     nbytes = size_of(store)
     going = store.with_name(f".{store.name.lstrip('.')}.removed")
-    if going != store:  # what a process left that was killed while it removed
-        shutil.rmtree(going, ignore_errors=True)
+    shutil.rmtree(going, ignore_errors=True)  # of a process that was killed while it removed
     try:
-        # Out of sight at once: nobody opens a store half of which is gone.
-        store.rename(going)
+        with kept_to_itself(store / META) as is_free:
+            if not is_free:
+                raise StorageError(f"{store} is in use by a run or a build; end that first")
+            # Out of sight at once: nobody opens a store half of which is gone.
+            store.rename(going)
         shutil.rmtree(going)
     except OSError as error:
         why = error.strerror or error

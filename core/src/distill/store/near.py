@@ -99,7 +99,8 @@ def nearest(
             continue
         try:
             meta = read_meta(folder)
-            its = meta.get("parts") or parts(meta["identity"])
+            known = meta["identity"]
+            its = meta.get("parts") or parts(known)
             is_like = _is_of(meta, teacher) or its.get("data.component") == wanted["data.component"]
             used = (folder / META).stat().st_mtime
         except (StorageError, OSError, LookupError, AttributeError, TypeError):

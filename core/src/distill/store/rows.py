@@ -25,7 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from distill.errors import StorageError
-from distill.store.use import hold
+from distill.store.use import hold, let_go
 
 FORMAT = 1
 CHECK = numpy.dtype([("fingerprint", "<u8"), ("check", "<u4")])
@@ -105,7 +105,7 @@ class Rows:
     def release(self) -> None:
         """Say that this process does not use the store any more, so that it may be removed."""
         if self.held is not None:
-            self.held.close()
+            let_go(self.held)
 
     def damaged(self, at: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
         """Return which of some rows have been written and are not what was written."""

@@ -6,39 +6,77 @@ of when a process ends in whatever way. Where a disk knows no locks, nobody seem
 
 from __future__ import annotations
 
+import errno
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import IO
 
 if sys.platform != "win32":
     import fcntl
 
+WITHOUT_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+PATIENCE, PAUSE = 0.3, 0.01
+"""Seconds: others keep a file to themselves for much less, to look whether it is in use."""
+
 
 def hold(file: Path) -> IO[bytes] | None:
-    """Say that a file is in use for as long as what is returned is open; ``None`` if that fails."""
+    """Say that a file is in use, until ``let_go`` of what is returned; ``None`` if that fails."""
     try:
         opened = file.open("rb")
     except OSError:
         return None
-    if sys.platform != "win32":
-        with suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _is_locked(opened, alone=False)
     return opened
+
+
+def let_go(opened: IO[bytes]) -> None:
+    """Say that a file is not in use any more, though a forked process may have it open too."""
+    if sys.platform != "win32" and not opened.closed:
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_UN)
+    opened.close()
+
+
+@contextmanager
+def kept_to_itself(file: Path) -> Iterator[bool]:
+    """Keep others from using a file for as long as the context lasts; yield whether nobody does."""
+    try:
+        opened = _opened(file)
+    except OSError:
+        yield True
+        return
+    with opened:
+        yield _is_locked(opened, alone=True)
 
 
 def is_held(file: Path) -> bool:
     """Whether somebody, this process too, says that a file is in use."""
+    with kept_to_itself(file) as is_free:
+        return not is_free
+
+
+def _opened(file: Path) -> IO[bytes]:
     try:
-        opened = file.open("rb")
+        return file.open("r+b")  # which a disk in a network needs of who wants it alone
     except OSError:
-        return False
-    with opened:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            except OSError:
+        return file.open("rb")
+
+
+def _is_locked(opened: IO[bytes], *, alone: bool) -> bool:
+    """Lock a file; whether that succeeded, or cannot fail."""
+    if sys.platform == "win32":
+        return True
+    until = monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(opened, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if monotonic() > until:
                 return False
-    return False
+        except OSError as error:
+            return error.errno in WITHOUT_LOCKS
+        sleep(PAUSE)

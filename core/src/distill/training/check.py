@@ -122,7 +122,7 @@ class _Checker:
         except (PluginError, TypeError, ValueError):
             return None
         given = model.component.params.get("num_classes", usual.default if usual else None)
-        return given if type(given) is int else None
+        return given if type(given) is int and given > 0 else None  # 0: without a classifier
 
     def _selections(self, stage: Stage, assembly: Assembly) -> None:
         """Look whether what the file freezes and groups is there, unless it is not built yet."""
@@ -169,11 +169,11 @@ class _Checker:
 
     def _top_k(self, entry: Metric, metric: Any, stages: Sequence[Stage]) -> None:
         """Refuse to count as right what is among more classes than there are."""
-        top_k = getattr(metric, "top_k", None)
+        wanted = getattr(metric, "classes_needed", None)
         known = [self._classes(stage.student) for stage in stages]
         classes = min((number for number in known if number is not None), default=None)
-        if type(top_k) is int and classes is not None and top_k > classes:
-            what = f"counts the first {top_k} of {classes} classes, which is all"
+        if wanted is not None and classes is not None and wanted > classes:
+            what = f"counts the first {wanted} of {classes} classes, which is all"
             self._fault(entry, f"{what}: write a smaller top_k")
 
     def _fault(self, metric: Metric, message: str) -> None:

@@ -16,9 +16,9 @@ class Metric(Protocol):
     """Measures a model's outputs; exact however many processes share the data.
 
     It may have more attributes: ``higher_is_better`` and ``is_fraction`` (shown in percent), both
-    ``True`` unless given; ``teacher``, the role of a teacher that it compares with; ``top_k``, for
-    which there have to be as many classes; and ``classes``, which is set to the data set's class
-    names before it is used.
+    ``True`` unless given; ``teacher``, the role of a teacher that it compares with;
+    ``classes_needed``, how many there have to be; and ``classes``, which is set to the data set's
+    class names before it is used.
     """
 
     def reset(self) -> None:

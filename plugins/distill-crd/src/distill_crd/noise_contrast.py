@@ -52,8 +52,8 @@ class Negatives:
         """Yield product - log_noise of embeddings (B, D) with their negatives, in pieces.
 
         Each with the samples it is of, as (n, b), 1 for each negative among them and 0 for others,
-        likewise, and the rows, (n, D) for all of them or (b, n, D). All may be overwritten, and are
-        by the next, but for the rows.
+        likewise, and the rows, (n, D) for all of them or (b, n, D), which may only be read. All are
+        void with the next piece.
         """
         if self.marked is not None:
             yield from self._of_marked(embedding, log_noise, self.marked)
@@ -192,7 +192,7 @@ def _log_sums(scores: Tensor, factors: Tensor, chances: Tensor) -> Tensor:
         chances = _of_any(chances)
         if (chances <= LARGEST_CHANCE).all():
             return chances.neg_().log1p().sum(0).neg_()
-    return softplus(scores).mul_(factors).sum(0)
+    return softplus(scores, threshold=40).mul_(factors).sum(0)
 
 
 def _of_any(chances: Tensor) -> Tensor:
