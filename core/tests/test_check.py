@@ -332,6 +332,14 @@ def test_a_store_keeps_fewer_logits_than_there_are(experiment_text, registry, wi
     assert [said in fault for fault in found] == [True] * (classes == 3)
 
 
+@pytest.mark.parametrize("store", ["{encoding: topk, top: 2}", "{encoding: top_k, top: 0}"])
+def test_of_a_store_that_cannot_be_read_nothing_that_follows_is_told(
+    experiment_text, registry, store
+):
+    text = experiment_text.replace("model: wide, mode", f"model: wide, store: {store}, mode")
+    assert len(faults_of_many(text, registry, "{num_classes: 4}")) == 1
+
+
 def test_hits_are_not_counted_among_more_classes_than_there_are(experiment_text, registry):
     found = faults_of_many(experiment_text, registry, "{num_classes: 2}")
     said = "metrics[0]: counts the first 3 of 2 classes, which is all: write a smaller top_k"

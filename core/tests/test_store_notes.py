@@ -226,6 +226,14 @@ def test_the_nearest_store_is_told_of_also_an_old_one_but_none_of_something_else
     assert nearest(tmp_path / "none", IDENTITY, "wide") == ""
 
 
+def test_a_store_that_differs_in_many_ways_is_of_something_else(tmp_path):
+    alike = {"teacher": {**IDENTITY["teacher"], "weights": "c"}, "views": 3}
+    made(tmp_path, but(**alike, kept={"encoding": "int8"}))
+    assert "other weights" in nearest(tmp_path, IDENTITY, "wide")
+    made(tmp_path / "others", but(**alike, kept={"encoding": "int8"}, asked=['["other"]']))
+    assert nearest(tmp_path / "others", IDENTITY, "wide") == ""
+
+
 def test_other_code_alone_is_told(tmp_path):
     made(tmp_path, but(teacher={**IDENTITY["teacher"], "code": {"m": "2"}}))
     assert nearest(tmp_path, IDENTITY, "wide").endswith("made with other code of the model")

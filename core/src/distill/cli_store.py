@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,18 +58,18 @@ def build(
 
     What is there already stays; a build that was stopped goes on.
     """
-    if "RANK" not in os.environ:
-        _announce(file, overrides, stage, stores)
-    from distill.experiment_file import open_experiment
+    with _going_on():
+        if "RANK" not in os.environ:
+            _announce(file, overrides, stage, stores)
+        from distill.experiment_file import open_experiment
 
-    experiment, registry = open_experiment(file, overrides, plugin_files)
-    if processes is not None and "RANK" not in os.environ:
-        from distill.launcher import launch, without_processes
+        experiment, registry = open_experiment(file, overrides, plugin_files)
+        if processes is not None and "RANK" not in os.environ:
+            from distill.launcher import launch, without_processes
 
-        sys.exit(launch(processes, without_processes(sys.argv[1:])))
-    from distill.store_building import build_stores
+            sys.exit(launch(processes, without_processes(sys.argv[1:])))
+        from distill.store_building import build_stores
 
-    try:
         build_stores(
             experiment,
             registry,
@@ -77,6 +78,13 @@ def build(
             stage=stage,
             allow_remote_code=allow_remote_code,
         )
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Say, if a person stops what is done meanwhile, that it need not be begun anew."""
+    try:
+        yield
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             click.echo("\nstopped; what is stored stays, and the same command goes on", err=True)
@@ -344,10 +352,11 @@ def _is_wanted(question: str) -> bool:
 @click.option("--dry-run", is_flag=True, help="Say what would go, and leave it there.")
 @stores_option
 def gc(unused: float, dry_run: bool, stores: Path) -> None:
-    """Remove stores that are damaged, half made or unused for long.
+    """Remove stores that are damaged, left half made or unused for long.
 
-    Damaged is what no run can use; of single damaged rows see `distill store verify`. What a run
-    or a build has open stays.
+    Damaged is what no run can use, half made what a process left that died while it made the files;
+    rows that are still to be filled are neither. Of single damaged rows see `distill store
+    verify`. What a run or a build has open stays.
     """
     from distill.store.folder import garbage, is_used, remove, size_of, size_text
 

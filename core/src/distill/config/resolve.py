@@ -226,7 +226,8 @@ def _teachers(resolver: Resolver, draft: StageDraft) -> dict[str, Teacher]:
 def _check_without_effect(resolver: Resolver, given: Mapping[str, Any], path: Path) -> None:
     """Fault what a teacher's keys say and nothing follows from."""
     kept, fast_parts = given.get("store"), given.get("fast")
-    if isinstance(kept, Mapping) and kept.get("encoding") != "top_k":
+    is_known = not resolver.gaps.explain((*path, "store"), "encoding")
+    if isinstance(kept, Mapping) and is_known and kept.get("encoding") != "top_k":
         for key in {"top", "temperature"} & kept.keys():
             resolver.fault((*path, "store", key), "is for encoding: top_k, which is not asked for")
     if fast_parts == {}:

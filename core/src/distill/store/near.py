@@ -106,7 +106,7 @@ def nearest(
         except (StorageError, OSError, LookupError, AttributeError, TypeError):
             continue  # damaged, of another version, or no store at all
         differing = _differing(its, wanted)
-        if is_like and differing:
+        if is_like and 0 < len(differing) <= MOST_DIFFERING:
             found.append((len(differing), -used, folder.name, differing, meta))
     if not found:
         return ""
@@ -140,6 +140,8 @@ def moved_text(places: Sequence[Place]) -> str:
     return "the data set at " + ", ".join(f"{before} (now at {now})" for before, now in places)
 
 
+MOST_DIFFERING = 3
+"""Stores that are set apart by more are of something else."""
 SHOWN = 8
 """So many characters of a store's name are shown, by which commands know it too."""
 

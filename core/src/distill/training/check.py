@@ -97,17 +97,18 @@ class _Checker:
 
     def _stored_logits(self, teacher: Teacher) -> None:
         """Look whether a store keeps fewer logits than there are, where that is known."""
-        classes = self._classes(teacher)
+        classes, place = self._classes(teacher), (*teacher.path, "store")
         if teacher.store is None or teacher.store.encoding != "top_k" or classes is None:
+            return
+        if self.experiment.gaps.explain(place, "top"):
             return
         if classes <= teacher.store.top:
             message = (
                 f"top_k keeps fewer logits than there are: '{teacher.model}' has {classes}, and "
                 f"top is {teacher.store.top}; write a smaller top, or encoding: float16"
             )
-            key = (*teacher.path, "store")
-            top = (*key, "top")
-            path = top if top in self.experiment.document.locations else (*key, "encoding")
+            top = (*place, "top")
+            path = top if top in self.experiment.document.locations else (*place, "encoding")
             self.faults.append(self.experiment.fault(path, message))
 
     def _classes(self, role: Role) -> int | None:

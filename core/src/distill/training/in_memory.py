@@ -63,7 +63,8 @@ def memory_notes(run: SeedRun) -> Iterator[str]:
         )
         for step in kept.steps:
             how = "sample by sample" if isinstance(step, OneByOne) else "to whole batches"
-            yield f"of data set '{kept.name}', {', '.join(step.names)} is applied {how}"
+            are = "is" if len(step.names) == 1 else "are"
+            yield f"of data set '{kept.name}', {', '.join(step.names)} {are} applied {how}"
         if kept.bad:
             bad = counted(len(kept.bad), "sample")
             yield f"{bad} of data set '{kept.name}' cannot be read"
