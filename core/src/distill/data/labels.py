@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from distill.data.batch import Sample
@@ -53,8 +54,13 @@ def _whole_numbers(values: Any) -> list[int] | None:
     values = _plain(values)
     if not isinstance(values, (list, tuple)):
         return None
-    numbers = [_plain(value) for value in values]
-    return numbers if all(type(number) is int for number in numbers) else None
+    # To unwrap a million numbers one by one takes a fifth of a second.
+    numbers = values if _are_whole(values) else [_plain(value) for value in values]
+    return list(numbers) if _are_whole(numbers) else None
+
+
+def _are_whole(values: Iterable[Any]) -> bool:
+    return set(map(type, values)) <= {int}
 
 
 def _plain(value: Any) -> Any:
