@@ -44,8 +44,8 @@ class Accuracy:
         classes = logits.shape[1]
         if self.top_k > classes:
             raise DataError(
-                f"accuracy counts the first {self.top_k} of {classes} classes, which is all: write "
-                "a smaller top_k"
+                f"counts the first {self.top_k} of {classes} classes, which is all: write a "
+                "smaller top_k"
             )
         top = logits.topk(self.top_k, dim=1).indices
         self._hits = self._hits + (top == labels.unsqueeze(1)).sum()
