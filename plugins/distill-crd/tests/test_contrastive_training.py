@@ -54,11 +54,13 @@ class Compared(CRDLoss):
         return loss
 
 
-def run(folder: Path, runs: str, type_: str = "CRDLoss", **params: Any) -> dict[str, torch.Tensor]:
-    """Train three epochs with batches of 5, of which the last is of one sample alone."""
+def run(
+    folder: Path, runs: str, type_: str = "CRDLoss", epochs: int = 3, **params: Any
+) -> dict[str, torch.Tensor]:
+    """Train some epochs with batches of 5, of which the last is of one sample alone."""
     crd = {"type": type_, "params": {"negatives": 6, **params}, "inputs": INPUTS, "weight": 0.8}
     stage = {
-        "epochs": 3,
+        "epochs": epochs,
         "data": {"train": "train", "validate": None, "batch_size": 5},
         "teacher": {"model": "wide"},
         "auxiliary": EMBEDDINGS,
@@ -92,19 +94,19 @@ def test_a_run_stopped_in_the_middle_ends_with_the_same_weights_and_banks(tmp_pa
 def test_two_processes_train_what_one_does_and_have_the_same_banks(
     tmp_path: Path, params: dict[str, Any]
 ) -> None:
-    one = run(tmp_path, "one", **params)
-    run_processes(__file__, str(tmp_path), *(f"{k}={v}" for k, v in params.items()))
+    given = {"epochs": 2, **params}  # training amplifies rounding with every step
+    one = run(tmp_path, "one", **given)
+    run_processes(__file__, str(tmp_path), *(f"{k}={v}" for k, v in given.items()))
     two = torch.load(tmp_path / "two.pt")
     assert one.keys() == two.keys()
     for name, value in one.items():
-        # Fifteen steps make 4e-6 of what sums in another order differ by.
-        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     given = {k: int(v) for k, v in (text.split("=") for text in sys.argv[2:])}
     trained = run(Path(sys.argv[1]), "two", "Compared", **given)
-    assert Compared.steps_seen > 3 * 5  # and those before training
+    assert Compared.steps_seen > given["epochs"] * 5  # and those before training
     if torch.distributed.get_rank() == 0:
         torch.save(trained, Path(sys.argv[1]) / "two.pt")

@@ -35,7 +35,7 @@ def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
 
 def _fill(bank: Tensor, seed: int, bound: float) -> None:
-    """Draw each element between -bound and bound, by the fastest generator there is on a CPU."""
+    """Draw each element between -bound and bound, by a faster generator than torch has on a CPU."""
     generator = numpy.random.Generator(numpy.random.SFC64(seed))
     drawn = numpy.empty((FILLED_AT_ONCE_ON_CPU, bank.shape[1]), dtype=numpy.float32)
     for part in bank.split(len(drawn)):
