@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from engine import Train
 from torch import nn
 
 from distill.data.batch import Batch
@@ -31,7 +32,7 @@ def by_torchdistill(
     hooked: Sequence[str] = (),
     *,
     reduced: bool = False,
-) -> Callable[[list[Batch]], None]:
+) -> Train:
     """Return a function that trains on batches as torchdistill's examples do.
 
     Args:
@@ -63,7 +64,7 @@ def hints_by_torchdistill(
     front: Sequence[str],
     regressor: Sequence[int],
     device: torch.device,
-) -> Callable[[list[Batch]], None]:
+) -> Train:
     """Return a function that trains FitNet's first stage, both models cut by torchdistill.
 
     Args:
@@ -103,13 +104,11 @@ def _box(
     return DistillationBox(teacher, student, {}, config, device, None, False, 1)
 
 
-def _trained(
-    box: Any, device: torch.device, *, reduced: bool = False
-) -> Callable[[list[Batch]], None]:
+def _trained(box: Any, device: torch.device, *, reduced: bool = False) -> Train:
     box.teacher_model.eval()
     autocast = torch.autocast(device.type, torch.bfloat16) if reduced else nullcontext()
 
-    def train(batches: list[Batch]) -> None:
+    def train(batches: Iterable[Batch]) -> None:
         box.student_model.train()
         for batch in batches:
             inputs = batch.inputs.to(device)

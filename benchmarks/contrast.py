@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 import torch
 from by_torchdistill import is_installed
-from engine import by_distill
+from engine import Train, by_distill
 from malloc_pages import KEPT_PAGES, add_pages_option, start_again_if_kept
 from timing import Work, taking_turns
 from torch import Tensor
@@ -231,7 +231,7 @@ def compare_steps(options: argparse.Namespace) -> None:
             terms = {"ce": {"type": "CrossEntropyLoss"}, "crd": crd}
             trains.append(by_distill(_experiment(device, terms, embeddings), folder, stack, DATA))
 
-        def step(train: Callable[[list[Batch]], None]) -> None:
+        def step(train: Train) -> None:
             train([Batch(images, targets, torch.randint(SIZES[0], (batch,)))])
 
         tasks = [partial(step, train) for train in trains]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from distill.training.ready import make_ready
 from distill.training.seed_run import SeedRun
 from distill.training.stored_stage import with_stored
 
-Train = Callable[[list[Batch]], None]
+Train = Callable[[Iterable[Batch]], None]
 
 
 def endlessly(train: Train, batches: list[Batch], steps: int) -> Callable[[], None]:
@@ -54,7 +54,7 @@ def by_distill(
     run = opened(described, folder, datasets, models)
     loop, _, _ = last_loop(run, stack)
 
-    def train(batches: list[Batch]) -> None:
+    def train(batches: Iterable[Batch]) -> None:
         _train(loop, iter(batches))
 
     return train
@@ -91,7 +91,7 @@ def by_distill_stored(
     assert distiller is not None
     assert distiller.stores, "the stage stores nothing"
 
-    def train(chosen: list[Batch]) -> None:
+    def train(chosen: Iterable[Batch]) -> None:
         _train(ready.loop, with_stored(iter(chosen), distiller.stores, 0))
 
     train(batches)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
@@ -125,7 +125,7 @@ def by_hand(expects: Expected, student: nn.Module, *, reduced: bool) -> Train:
         student.to(memory_format=LAST)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9)
 
-    def train(batches: list[Batch]) -> None:
+    def train(batches: Iterable[Batch]) -> None:
         student.train()
         for batch in batches:
             images = batch.inputs

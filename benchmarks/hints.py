@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -40,7 +41,7 @@ def by_hand(teacher: nn.Module, student: nn.Module, regressor: nn.Module) -> Tra
     parameters = [*fronts[1].parameters(), *regressor.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
 
-    def train(batches: list[Batch]) -> None:
+    def train(batches: Iterable[Batch]) -> None:
         fronts[1].train()
         regressor.train()
         for batch in batches:

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +113,7 @@ def by_hand(case: Case, device: torch.device) -> Train:
     reduced = case.precision == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16) if reduced else nullcontext()
 
-    def train(batches: list[Batch]) -> None:
+    def train(batches: Iterable[Batch]) -> None:
         for batch in batches:
             inputs, targets = batch.inputs.to(device), batch.targets.to(device)
             with autocast:
@@ -230,8 +230,7 @@ def sides_of(case: Case, device: torch.device, stack: ExitStack) -> dict[str, Ca
         "hand": lambda: by_hand(case, device),
         "distill": lambda: of_distill(case, device, folder, stack),
     }
-    # torchdistill's box spreads a model over processes on CUDA alone, and these are on the CPU.
-    if is_installed() and case.processes == 1:
+    if is_installed():
         sides["torchdistill"] = lambda: _by_torchdistill(case, device)
     return sides
 
@@ -241,6 +240,9 @@ def _by_torchdistill(case: Case, device: torch.device) -> Train:
     if case.compiled:
         teacher.compile()
         student.compile()
+    if case.processes > 1:
+        # By itself its box spreads models on CUDA alone; it takes one that a script has spread.
+        student = DistributedDataParallel(student)
     reduced = case.precision == "bf16"
     settings = TEMPERATURE, ALPHA, case.hooked
     return by_torchdistill(teacher, student, device, *settings, reduced=reduced)

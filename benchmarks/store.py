@@ -2,9 +2,10 @@
 
 ``rows``: microseconds to write and to read what a sample's 1,000 logits take, against one file a
 sample, and a store of as many samples as ImageNet has, filled and read.
-``epochs``: a ResNet-18 learning from ResNets: without a store, filling one, reading it, and the
-same loop with targets for free. Augmentation is on: each epoch takes a view of every sample. Each
-turn is an epoch of every side, of which filling begins with an empty store.
+``epochs``: a ResNet-18 learning from ResNets: by hand, by torchdistill where it is installed, by
+distill without a store, filling one and reading it, and the same loop with targets for free.
+Augmentation is on: each epoch takes a view of every sample. Each turn is an epoch of every side, of
+which filling begins with an empty store.
 ``views``: an epoch of distillation with four views taken from each decoding of a JPEG and the
 teacher's logits stored, against an epoch of plain training, which decodes every image.
 
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -26,13 +28,17 @@ from typing import Any
 
 import numpy
 import torch
-from data import write_photos
-from engine import opened
+import torchvision
+from by_torchdistill import by_torchdistill, is_installed
+from data import Transformed, write_photos
+from engine import Train, opened
+from fast_teacher import ALPHA, TEMPERATURE, by_hand
 from PIL import Image
 from timing import in_turns, ratio
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from distill.data.batch import Batch
 from distill.data.loader import training_batches
 from distill.model.stored import Outputs
 from distill.store.rows import CHECKS, ROWS, Rows, create, open_rows
@@ -49,6 +55,10 @@ CROPS = (32, 64)
 """The larger a crop, the more the student takes beside the decoding."""
 WIDTH, IMAGENET, BATCH = 2_000, 1_281_167, 64
 EPOCHS_BATCH = 16
+UNTRAINED = {"zero_init_residual": True}
+"""Of teachers; else an untrained ResNet-101 gives more than float16 holds."""
+EPOCHS = ["by hand", "torchdistill", "no store", "filling", "stored", "free targets"]
+"""Sides whose seconds are printed."""
 TEACHERS = ["resnet34", "resnet50", "resnet101", "resnet152"]
 PUBLISHED = {"resnet152": 1_944 / 917}
 """Seconds an epoch of ImageNet without stored outputs over those with, in torchdistill's paper."""
@@ -154,11 +164,11 @@ def described(teacher: str | None, data: Mapping[str, Any], dataset: Any, **role
         "metrics": [],
     }
     if teacher is not None:
-        # Else an untrained ResNet-101 gives more than float16 holds.
-        params = {} if teacher == "Free" else {"zero_init_residual": True}
+        params = {} if teacher == "Free" else UNTRAINED
         models["teacher"] = {"type": teacher, "params": params}
         stage["teacher"] = {"model": "teacher", **role}
-        stage["criterion"] = {"kd": {"type": "KDLoss"}}
+        loss = {"temperature": TEMPERATURE, "alpha": ALPHA}
+        stage["criterion"] = {"kd": {"type": "KDLoss", "params": loss}}
     return {
         "name": "store",
         "device": "cpu",
@@ -171,48 +181,92 @@ def described(teacher: str | None, data: Mapping[str, Any], dataset: Any, **role
 
 def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
     """Print what epochs cost with and without a store."""
-    transforms = [
-        {"type": "RandomCrop", "params": {"size": size, "padding": 4}},
-        "RandomHorizontalFlip",
-        {"type": "ToDtype", "params": {"dtype": "float32", "scale": True}},
-        {"type": "Normalize", "params": {"mean": [0.5] * 3, "std": [0.25] * 3}},
-    ]
-    params = {"samples": samples, "size": size}
-    dataset = {"type": "Images", "params": params, "transforms": transforms}
-    data = {"batch_size": EPOCHS_BATCH, "views": 1}
     print(
         f"ResNet-18, {samples} images of {size} x {size}, batches of {EPOCHS_BATCH}, "
         f"{-(-samples // EPOCHS_BATCH)} steps an epoch, medians of {turns}, in seconds\n"
     )
     print(
-        "| teacher | no store | filling | stored | free targets | filling : no store |"
-        " stored : free | stored, bf16 : no store | no store : stored | published |"
+        "| teacher | by hand | torchdistill | no store | filling | stored | free targets |"
+        " filling : no store | stored : free | stored, bf16 : no store | no store : stored |"
+        " published |"
     )
-    print("| --- " * 10 + "|")
+    print("| --- " * 12 + "|")
     for teacher in teachers:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            plain = side(described(teacher, data, dataset), Path(folder, "plain"), stack)
-            role = {"store": True}
-            stored = side(described(teacher, data, dataset, **role), Path(folder, "s"), stack)
-            filling = side(described(teacher, data, dataset, **role), Path(folder, "f"), stack)
-            free = side(described("Free", data, dataset), Path(folder, "free"), stack)
-            reduced = described(teacher, data, dataset, **role)
-            reduced["stages"][0] |= {"precision": "bf16", "channels_last": True}
-            bf16 = side(reduced, Path(folder, "bf16"), stack)
-            for one in (plain, filling, free):
-                one.epoch(steps=WARM_UP)
-            for one in (stored, bf16):
-                one.epoch()
-            tasks = [plain.epoch, filling.filling, stored.epoch, free.epoch, bf16.epoch]
-            times = in_turns(tasks, turns, CPU, warms_up=False)
-            no, first, later, none, fast = times
-        published = f"{PUBLISHED[teacher]:.2f}" if teacher in PUBLISHED else ""
-        print(
-            f"| {teacher} | {' | '.join(f'{median(one):.2f}' for one in times[:4])} | "
-            f"{ratio(first, no):.3f} | {ratio(later, none):.3f} | {ratio(fast, no):.2f} | "
-            f"{ratio(no, later):.2f} | {published} |",
-            flush=True,
-        )
+            works = by_scripts(teacher, samples, size)
+            works |= by_distill(teacher, samples, size, Path(folder), stack)
+            found = in_turns(list(works.values()), turns, CPU, warms_up=False)
+        took = dict(zip(works, found, strict=True))
+        cells = [f"{median(took[name]):.2f}" if name in took else "" for name in EPOCHS]
+        no, stored = took["no store"], took["stored"]
+        cells += [f"{ratio(took['filling'], no):.3f}", f"{ratio(stored, took['free targets']):.3f}"]
+        cells += [f"{ratio(took['stored, bf16'], no):.2f}", f"{ratio(no, stored):.2f}"]
+        cells += [f"{PUBLISHED[teacher]:.2f}" if teacher in PUBLISHED else ""]
+        print(f"| {teacher} | {' | '.join(cells)} |", flush=True)
+
+
+def by_distill(
+    teacher: str, samples: int, size: int, folder: Path, stack: ExitStack
+) -> dict[str, Callable[[], None]]:
+    """Return works that train for an epoch as a stage does, warm; of stored ones all is stored."""
+    transforms = [{"type": name, "params": params} for name, params in augmented(size).items()]
+    params = {"samples": samples, "size": size}
+    dataset = {"type": "Images", "params": params, "transforms": transforms}
+    data = {"batch_size": EPOCHS_BATCH, "views": 1}
+    with_store = described(teacher, data, dataset, store=True)
+    reduced = described(teacher, data, dataset, store=True)
+    reduced["stages"][0] |= {"precision": "bf16", "channels_last": True}
+    plain = side(described(teacher, data, dataset), folder / "plain", stack)
+    filling = side(with_store, folder / "filling", stack)
+    stored = side(with_store, folder / "stored", stack)
+    free = side(described("Free", data, dataset), folder / "free", stack)
+    bf16 = side(reduced, folder / "bf16", stack)
+    for one in (plain, filling, free):
+        one.epoch(steps=WARM_UP)
+    for one in (stored, bf16):
+        one.epoch()
+    return {
+        "no store": plain.epoch,
+        "filling": filling.filling,
+        "stored": stored.epoch,
+        "free targets": free.epoch,
+        "stored, bf16": bf16.epoch,
+    }
+
+
+def by_scripts(teacher: str, samples: int, size: int) -> dict[str, Callable[[], None]]:
+    """Return works that train for an epoch by hand and by torchdistill, warm, without a store."""
+    transforms = augmented(size) | {"ToDtype": {"dtype": torch.float32, "scale": True}}
+    images = Transformed(Images(samples, size), transforms)
+    loader = DataLoader(images, EPOCHS_BATCH, shuffle=True)
+
+    def epoch(train: Train, steps: int | None = None) -> None:
+        batches = (Batch(images, labels, torch.arange(len(labels))) for images, labels in loader)
+        train(islice(batches, steps))
+
+    deep = getattr(torchvision.models, teacher)(**UNTRAINED).eval().requires_grad_(False)
+
+    def expects(batch: Batch) -> Tensor:
+        logits: Tensor = deep(batch.inputs)
+        return logits
+
+    trains = {"by hand": by_hand(expects, torchvision.models.resnet18(), reduced=False)}
+    if is_installed():
+        student = torchvision.models.resnet18()
+        trains["torchdistill"] = by_torchdistill(deep, student, CPU, TEMPERATURE, ALPHA)
+    for train in trains.values():
+        epoch(train, WARM_UP)
+    return {name: partial(epoch, train) for name, train in trains.items()}
+
+
+def augmented(size: int) -> dict[str, dict[str, Any]]:
+    """Return transforms of images by name, as a file describes them."""
+    return {
+        "RandomCrop": {"size": size, "padding": 4},
+        "RandomHorizontalFlip": {},
+        "ToDtype": {"dtype": "float32", "scale": True},
+        "Normalize": {"mean": [0.5] * 3, "std": [0.25] * 3},
+    }
 
 
 def views(turns: int, samples: int, crop: int) -> None:
