@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 FILLED_AT_ONCE = 2**14
 """Rows that are drawn together, in memory of their own."""
-FILLED_AT_ONCE_ON_CPU = 2**10
+FILLED_AT_ONCE_ON_CPU = 2**11
 """Fewer there, which stay in a core's cache."""
 DRAWN_APART = 2**17
 """Rows whose numbers a generator of their own draws, on a processor, so that all cores may draw."""
@@ -35,13 +35,15 @@ def random_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
 
 def _fill(bank: Tensor, seed: int, bound: float) -> None:
-    """Draw each element between -bound and bound, by a faster generator than torch has on a CPU."""
+    """Draw each element between -bound and bound, by a faster generator than torch has on a CPU.
+
+    It takes one of 2**16 values, so that four are drawn at once.
+    """
     generator = numpy.random.Generator(numpy.random.SFC64(seed))
-    drawn = numpy.empty((FILLED_AT_ONCE_ON_CPU, bank.shape[1]), dtype=numpy.float32)
-    for part in bank.split(len(drawn)):
-        some = drawn[: len(part)]
-        generator.random(out=some, dtype=numpy.float32)
-        torch.add(torch.from_numpy(some).mul_(2 * bound), -bound, out=part)
+    for part in bank.split(FILLED_AT_ONCE_ON_CPU):
+        drawn = generator.integers(-(2**63), 2**63, -(-part.numel() // 4), dtype=numpy.int64)
+        values = torch.from_numpy(drawn.view(numpy.int16))[: part.numel()]
+        part.copy_(values.view(part.shape)).mul_(bound / 2**15)
 
 
 def momentum_rows(bank: Tensor, index: Tensor, embeddings: Tensor, momentum: float) -> Tensor:
