@@ -208,6 +208,48 @@ def test_memory_is_that_of_the_chunk_and_of_a_few_matrices(monkeypatch, vertices
     assert 24 * chunk < peak.bytes <= 24 * chunk + 64 * 40**2 + 2 * features
 
 
+def test_well_spread_samples_take_less_memory(monkeypatch):
+    chunk = 5 * 40**2
+    monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", chunk)
+    student, teacher = (draw(40, 64, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    student.requires_grad_()
+    with Peak() as peak:
+        RKDAngleLoss()(student, teacher).backward()
+    features = 2 * 40 * 64 * 4
+    assert 16 * chunk < peak.bytes <= 16 * chunk + 32 * 40**2 + 2 * features
+
+
+@pytest.mark.parametrize("apart", [1e-3, 8])
+def test_angles_in_chunks_of_float32_have_the_gradient_of_float64(monkeypatch, apart):
+    student, teacher = (draw(16, 64, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    student[1] = student[0] + apart * draw(64, seed=3).float() / 8
+    monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", 3 * 16**2)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        given = student.to(dtype, copy=True).requires_grad_()
+        RKDAngleLoss()(given, teacher.to(dtype)).backward()
+        gradients.append(given.grad.double())
+    found, expected = gradients
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@BOTH
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("ratio", [1.5, 7.9, 8.1, 100])
+def test_gradients_are_those_of_float64_however_the_samples_are_spread(make, units, ratio):
+    student, teacher = (draw(64, 256, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    for side in (student, teacher):
+        step = draw(256, seed=3).float()
+        side[1] = side[0] + step * (F.pdist(side).max() / ratio / step.norm())
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        given = student.to(dtype, copy=True).requires_grad_()
+        make(units, units)(given, teacher.to(dtype)).backward()
+        gradients.append(given.grad.double())
+    found, expected = gradients
+    assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
 @BOTH
 @pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-5])
 def test_close_samples_have_the_gradient_of_float64(make, apart):

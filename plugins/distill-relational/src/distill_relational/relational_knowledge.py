@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.parameters import check_choice
 from distill_relational.batch_relations import BatchRelationLoss, Gather, unit_vectors
 from distill_relational.pair_distances import distance_difference
-from distill_relational.squared_distances import squared_distances
+from distill_relational.squared_distances import are_well_spread, compared, pair_distances
 from distill_relational.triplet_angles import angle_difference
 
 Reduction = Literal["mean", "sum"]
@@ -37,21 +37,36 @@ class RelationalLoss(BatchRelationLoss):
 
     def relation_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compare the distances of all pairs of samples, or what follows from them."""
-        dtype = student.dtype
-        # What float32 has of a small distance among large ones, and of its gradient, is too little.
+        dtype, batch = student.dtype, len(student)
         wide = torch.float32 if student.device.type == "mps" else torch.float64
-        student, teacher = student.to(wide), teacher.to(wide)
+        # What float32 has of a small distance among large ones, and of its gradient, is too little,
+        # and so it is once normalised vectors are rounded. A CPU can look whether there is any.
+        enough = student.device.type == "cpu" and not (
+            self.normalize_student or self.normalize_teacher
+        )
+        if enough:
+            vectors, distances = self.distances(student, teacher)
+            enough = dtype == wide or all(are_well_spread(side) for side in distances)
+        if not enough:
+            vectors, distances = self.distances(student.to(wide), teacher.to(wide))
+        total = compared(
+            vectors,
+            distances,
+            lambda pairs: self.compare(pairs, batch, dtype),
+            1 / batch**self.related if self.reduction == "mean" else 1.0,
+        )
+        return total.to(dtype)
+
+    def distances(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the student's vectors as they are compared, and the distances on both sides."""
         if self.normalize_student:
             student = unit_vectors(student)
         if self.normalize_teacher:
             teacher = unit_vectors(teacher)
-        total = self.total(student, teacher, dtype)
-        if self.reduction == "mean":
-            total = total / len(student) ** self.related
-        return total.to(dtype)
+        return student, torch.stack([pair_distances(side) for side in (student, teacher)])
 
-    def total(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the sum over all relations of vectors, which are float64 whatever ``dtype`` is."""
+    def compare(self, distances: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the sum over all relations, and its derivative by squared distances (B, B)."""
         raise NotImplementedError
 
 
@@ -94,9 +109,9 @@ class RKDDistanceLoss(RelationalLoss):
 
     related = 2
 
-    def total(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+    def compare(self, distances: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compare distances in units of their mean."""
-        return distance_difference(student, teacher)
+        return distance_difference(distances, batch)
 
 
 class RKDAngleLoss(RelationalLoss):
@@ -119,8 +134,10 @@ class RKDAngleLoss(RelationalLoss):
     it takes 24 bytes for each of these and at most 64 for each of the B² distances: up to 352 MiB
     for batches up to 2048; measured on a CPU 9 MiB at 256, 18 at 512 and 69 at 1024.
 
-    Distances are float64, since close samples need it, and angles float32; on ``mps``, which has no
-    float64, gradients at samples that are close to each other lose digits.
+    Distances are float64, since close samples need it, and angles float32. On a CPU, distances of
+    samples that are not normalised are float32 too if on each side the largest is at most 8 times
+    the smallest. On ``mps``, which has no float64, gradients at samples that are close to each
+    other lose digits.
 
     Args:
         normalize_student: whether to divide each of the student's vectors by its L2 norm.
@@ -147,6 +164,6 @@ class RKDAngleLoss(RelationalLoss):
 
     related = 3
 
-    def total(self, student: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+    def compare(self, distances: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compare the angles that distances make."""
-        return angle_difference(squared_distances(student), squared_distances(teacher), dtype)
+        return angle_difference(distances, batch, dtype)
