@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from engine import Train
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from distill.data.batch import Batch
 
@@ -32,6 +33,7 @@ def by_torchdistill(
     hooked: Sequence[str] = (),
     *,
     reduced: bool = False,
+    spread: bool = False,
 ) -> Train:
     """Return a function that trains on batches as torchdistill's examples do.
 
@@ -44,6 +46,8 @@ def by_torchdistill(
         hooked: layers of both that are compared by their mean squares too.
         reduced: whether the script has bf16 autocast around the box's forward, which the losses
             are a part of; torchdistill itself has no setting for it.
+        spread: whether several processes exchange gradients. A box does so on CUDA alone, and
+            takes a model out of its wrapper, so on a CPU the script has to wrap the box's own.
     """
     terms = {"kd": _kd(temperature, alpha)}
     terms |= {layer: _squares(layer, layer) for layer in hooked}
@@ -55,7 +59,10 @@ def by_torchdistill(
         "optimizer": {"key": "SGD", "kwargs": {"lr": 1e-3, "momentum": 0.9}},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
     }
-    return _trained(_box(teacher, student, config, device), device, reduced=reduced)
+    box = _box(teacher, student, config, device)
+    if spread:
+        box.student_model = DistributedDataParallel(box.student_model)
+    return _trained(box, device, reduced=reduced)
 
 
 def hints_by_torchdistill(

@@ -3,7 +3,7 @@
 All sides train the same models on the same batches in memory, a few steps in turn, so that
 whatever slows the machine slows all. Printed are medians of the time of a step, that of the turns'
 ratios to the loop by hand, and the peak memory of processes that run one side only. torchdistill
-takes part where it is installed and has what a case wants.
+takes part where it is installed.
 """
 
 from __future__ import annotations
@@ -240,12 +240,16 @@ def _by_torchdistill(case: Case, device: torch.device) -> Train:
     if case.compiled:
         teacher.compile()
         student.compile()
-    if case.processes > 1:
-        # By itself its box spreads models on CUDA alone; it takes one that a script has spread.
-        student = DistributedDataParallel(student)
-    reduced = case.precision == "bf16"
-    settings = TEMPERATURE, ALPHA, case.hooked
-    return by_torchdistill(teacher, student, device, *settings, reduced=reduced)
+    return by_torchdistill(
+        teacher,
+        student,
+        device,
+        TEMPERATURE,
+        ALPHA,
+        case.hooked,
+        reduced=case.precision == "bf16",
+        spread=case.processes > 1,
+    )
 
 
 def compare(case: Case, device: torch.device, turns: int) -> dict[str, list[float]]:

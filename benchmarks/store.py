@@ -193,8 +193,8 @@ def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
     print("| --- " * 12 + "|")
     for teacher in teachers:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            works = by_scripts(teacher, samples, size)
-            works |= by_distill(teacher, samples, size, Path(folder), stack)
+            works = works_of_scripts(teacher, samples, size)
+            works |= works_of_stages(teacher, samples, size, Path(folder), stack)
             found = in_turns(list(works.values()), turns, CPU, warms_up=False)
         took = dict(zip(works, found, strict=True))
         cells = [f"{median(took[name]):.2f}" if name in took else "" for name in EPOCHS]
@@ -205,7 +205,7 @@ def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
         print(f"| {teacher} | {' | '.join(cells)} |", flush=True)
 
 
-def by_distill(
+def works_of_stages(
     teacher: str, samples: int, size: int, folder: Path, stack: ExitStack
 ) -> dict[str, Callable[[], None]]:
     """Return works that train for an epoch as a stage does, warm; of stored ones all is stored."""
@@ -234,14 +234,14 @@ def by_distill(
     }
 
 
-def by_scripts(teacher: str, samples: int, size: int) -> dict[str, Callable[[], None]]:
+def works_of_scripts(teacher: str, samples: int, size: int) -> dict[str, Callable[[], None]]:
     """Return works that train for an epoch by hand and by torchdistill, warm, without a store."""
     transforms = augmented(size) | {"ToDtype": {"dtype": torch.float32, "scale": True}}
     images = Transformed(Images(samples, size), transforms)
     loader = DataLoader(images, EPOCHS_BATCH, shuffle=True)
 
     def epoch(train: Train, steps: int | None = None) -> None:
-        batches = (Batch(images, labels, torch.arange(len(labels))) for images, labels in loader)
+        batches = (Batch(inputs, labels, torch.arange(len(labels))) for inputs, labels in loader)
         train(islice(batches, steps))
 
     deep = getattr(torchvision.models, teacher)(**UNTRAINED).eval().requires_grad_(False)

@@ -40,7 +40,7 @@ class Table:
     left_out: Sequence[str] = ()
 
 
-RELATIONS = ["--only", "torchdistill", "--pages", "kept", "--turns", "5"]
+RELATIONS = ["--only", "torchdistill", "--pages", "kept", "--turns", "15"]
 TABLES = {
     "loop": Table(["loop.py"]),
     "rows": Table(["store.py", "rows"]),

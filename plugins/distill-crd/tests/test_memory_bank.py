@@ -1,5 +1,6 @@
 """Rows that a bank begins with."""
 
+import pytest
 import torch
 
 from distill_crd import memory_bank
@@ -31,3 +32,14 @@ def test_no_two_are_alike_and_they_are_uniform(monkeypatch):
     assert rows.mean().abs() < 0.02 * bound
     quarters = (rows / bound).histc(4, -1, 1) / rows.numel()
     torch.testing.assert_close(quarters, torch.full((4,), 0.25), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("width", [1, 5, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_any_width_and_type_have_length_1_on_average(width, dtype):
+    torch.manual_seed(0)
+    rows = random_rows(5003, width, dtype, CPU)
+    assert rows.shape == (5003, width)
+    assert rows.dtype == dtype
+    assert rows.float().square().sum(1).mean().sub(1).abs() < 0.05
+    assert rows.float().mean(0).abs().max() < 0.05 * (width / 3) ** -0.5

@@ -81,6 +81,17 @@ def published(student, teacher):
     )
 
 
+def relative_error(loss, student, teacher):
+    """Return by how much gradients in float32 differ from float64's, of the largest element."""
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        given = student.to(dtype, copy=True).requires_grad_()
+        loss(given, teacher.to(dtype)).backward()
+        gradients.append(given.grad.double())
+    found, expected = gradients
+    return (found - expected).abs().max() / expected.abs().max()
+
+
 class TestRKDDistanceLoss(LossConformance):
     student = "student_features"
     teacher = "teacher_features"
@@ -235,19 +246,52 @@ def test_angles_in_chunks_of_float32_have_the_gradient_of_float64(monkeypatch, a
 
 @BOTH
 @pytest.mark.parametrize("units", [False, True])
-@pytest.mark.parametrize("ratio", [1.5, 7.9, 8.1, 100])
+@pytest.mark.parametrize("ratio", [1.5, 7.9, 8.1, 900, 1e5])
 def test_gradients_are_those_of_float64_however_the_samples_are_spread(make, units, ratio):
     student, teacher = (draw(64, 256, seed=seed, dtype=torch.float32) for seed in (1, 2))
     for side in (student, teacher):
         step = draw(256, seed=3).float()
-        side[1] = side[0] + step * (F.pdist(side).max() / ratio / step.norm())
-    gradients = []
-    for dtype in (torch.float32, torch.float64):
-        given = student.to(dtype, copy=True).requires_grad_()
-        make(units, units)(given, teacher.to(dtype)).backward()
-        gradients.append(given.grad.double())
-    found, expected = gradients
-    assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
+        side[6] = side[5] + step * (F.pdist(side).max() / ratio / step.norm())
+    assert relative_error(make(units, units), student, teacher) < 2e-6
+
+
+@BOTH
+def test_gradients_are_those_of_float64_where_the_first_sample_is_far_away(make):
+    student, teacher = (draw(64, 256, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    student[0] *= 6
+    assert relative_error(make(), student, teacher) < 1e-6
+
+
+@BOTH
+def test_gradients_are_those_of_float64_for_maps_that_are_flattened(make):
+    student, teacher = (draw(8, 64, 28, 28, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    assert relative_error(make(), student, teacher) < 5e-6
+
+
+def test_distances_whose_squares_float32_does_not_hold_are_compared():
+    student, teacher = (1e21 * draw(8, 5, seed=seed) for seed in (1, 2))
+    loss = RKDDistanceLoss()
+    found, expected = loss(student.float(), teacher.float()), loss(student, teacher)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_sample_gives_0(make, reduction):
+    student = draw(0, 5).requires_grad_()
+    loss = make(reduction=reduction)(student, draw(0, 4))
+    loss.backward()
+    assert loss.item() == 0
+
+
+@BOTH
+def test_gradients_in_autocast_have_all_digits(make):
+    student, teacher = (draw(16, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    student.requires_grad_()
+    (expected,) = torch.autograd.grad(make()(student, teacher), student)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(make()(student, teacher), student)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @BOTH

@@ -15,12 +15,17 @@ from distill_relational.triplet_angles import angle_difference
 
 Reduction = Literal["mean", "sum"]
 
+WIDEST = 4096
+"""Vectors up to so many numbers have distances in float32."""
+
 
 class RelationalLoss(BatchRelationLoss):
     """What both losses of RKD take; see there."""
 
     related: ClassVar[int]
     """How many samples a relation is of."""
+    spread: ClassVar[float]
+    """Up to how many times the smallest distance the largest is for float32 to be enough."""
 
     def __init__(
         self,
@@ -38,24 +43,30 @@ class RelationalLoss(BatchRelationLoss):
     def relation_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compare the distances of all pairs of samples, or what follows from them."""
         dtype, batch = student.dtype, len(student)
-        wide = torch.float32 if student.device.type == "mps" else torch.float64
-        # What float32 has of a small distance among large ones, and of its gradient, is too little,
-        # and so it is once normalised vectors are rounded. A CPU can look whether there is any.
-        enough = student.device.type == "cpu" and not (
-            self.normalize_student or self.normalize_teacher
-        )
-        if enough:
-            vectors, distances = self.distances(student, teacher)
-            enough = dtype == wide or all(are_well_spread(side) for side in distances)
-        if not enough:
-            vectors, distances = self.distances(student.to(wide), teacher.to(wide))
+        vectors, distances = self.in_enough_digits(student, teacher)
         total = compared(
             vectors,
             distances,
             lambda pairs: self.compare(pairs, batch, dtype),
-            1 / batch**self.related if self.reduction == "mean" else 1.0,
+            1 / max(1, batch) ** self.related if self.reduction == "mean" else 1.0,
         )
         return total.to(dtype)
+
+    def in_enough_digits(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``distances`` does, in float64 unless float32 is seen to be enough.
+
+        It has too few of a distance that is small among others, or sums up many squares, and of
+        vectors that were normalised. A host that looks at distances would wait for a GPU, and so
+        it does not.
+        """
+        as_given = not (self.normalize_student or self.normalize_teacher)
+        width = max(student.shape[1], teacher.shape[1])
+        if student.device.type == "cpu" and as_given and width <= WIDEST:
+            found = self.distances(student, teacher)
+            if student.dtype == torch.float64 or are_well_spread(found[1], self.spread):
+                return found
+        wide = torch.float32 if student.device.type == "mps" else torch.float64
+        return self.distances(student.to(wide), teacher.to(wide))
 
     def distances(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student's vectors as they are compared, and the distances on both sides."""
@@ -66,7 +77,13 @@ class RelationalLoss(BatchRelationLoss):
         return student, torch.stack([pair_distances(side) for side in (student, teacher)])
 
     def compare(self, distances: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the sum over all relations, and its derivative by squared distances (B, B)."""
+        """Return the sum over all relations, and its derivative by the student's squares (B, B).
+
+        Args:
+            distances: of the student's and the teacher's pairs (2, B * (B - 1) / 2).
+            batch: B.
+            dtype: the type of the features, in which triplets are compared.
+        """
         raise NotImplementedError
 
 
@@ -94,8 +111,12 @@ class RKDDistanceLoss(RelationalLoss):
     Shape:
         - student_features: (B, D_s), or (B, ...), which is flattened; meant are pooled features.
         - teacher_features: (B, D_t) or (B, ...).
-        - returns: scalar, float32 or wider. Only the student gets a gradient; none where two
-          samples are equal (a squared distance counts as 1e-12 at least). 0 for a single sample.
+        - returns: scalar, float32 or wider. Only the student gets a gradient, which cannot be
+          differentiated again; none where two samples are equal (a squared distance counts as
+          1e-12 at least). 0 for a single sample.
+
+    Distances are float64. On a CPU they are float32 if on each side the largest is at most 1000
+    times the smallest, vectors are not normalised and have up to 4096 numbers.
 
     Raises:
         ValueError: a parameter out of range; features that are not of the same batch.
@@ -108,6 +129,9 @@ class RKDDistanceLoss(RelationalLoss):
     """
 
     related = 2
+    # Gradients are then within 1e-6 of the largest element (of 64 vectors of 256 numbers, the
+    # student's unlike the teacher's; where they are alike, both sides' rounding is what differs).
+    spread = 1000.0
 
     def compare(self, distances: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compare distances in units of their mean."""
@@ -132,12 +156,12 @@ class RKDAngleLoss(RelationalLoss):
     B² distances. Memory does not: angles are compared, and their gradient is computed, for
     max(2**22, B²) of them at a time (2**18 on a CPU). Beside the features in float64, in float32
     it takes 24 bytes for each of these and at most 64 for each of the B² distances: up to 352 MiB
-    for batches up to 2048; measured on a CPU 9 MiB at 256, 18 at 512 and 69 at 1024.
+    for batches up to 2048; measured on a CPU 10 MiB at 256, 22 at 512 and 89 at 1024.
 
-    Distances are float64, since close samples need it, and angles float32. On a CPU, distances of
-    samples that are not normalised are float32 too if on each side the largest is at most 8 times
-    the smallest. On ``mps``, which has no float64, gradients at samples that are close to each
-    other lose digits.
+    Distances are float64, since close samples need it, and angles float32. On a CPU, distances are
+    float32 too if on each side the largest is at most 8 times the smallest, vectors are not
+    normalised and have up to 4096 numbers, which takes two thirds of the memory. On ``mps``, which
+    has no float64, gradients at samples that are close to each other lose digits.
 
     Args:
         normalize_student: whether to divide each of the student's vectors by its L2 norm.
@@ -163,6 +187,8 @@ class RKDAngleLoss(RelationalLoss):
     """
 
     related = 3
+    # Gradients are then within 2e-6 of the largest element (3e-6 at 16, 7e-6 at 32), as above.
+    spread = 8.0
 
     def compare(self, distances: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compare the angles that distances make."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SPREAD = 8
-"""Up to how many times the smallest distance the largest is, float32 has digits enough: gradients
-of angles are then within 2e-6 of the largest element (3e-6 at 16, 7e-6 at 32)."""
+from distill_relational.batch_relations import full_precision
+
+LARGEST = 1e18
+"""Distance whose square float32 holds, and sums of which."""
 
 Comparison = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From the distances of pairs i < j on both sides (2, P), a sum over pairs, and its derivative by
@@ -34,18 +35,22 @@ def pair_distances(vectors: Tensor) -> Tensor:
     return distances[first, second]
 
 
-def are_well_spread(distances: Tensor) -> bool:
-    """Return whether none is so small beside others that it needs float64; a host has to wait."""
-    if not len(distances):
+def are_well_spread(distances: Tensor, spread: float) -> bool:
+    """Return whether on each side (2, P) the largest is at most so many times the smallest.
+
+    Squares that float32 does not hold are not, either. A host has to wait for the answer.
+    """
+    if not distances.numel():
         return True
-    smallest, largest = torch.aminmax(distances)
-    return largest.item() <= SPREAD * smallest.item()
+    ends = [torch.aminmax(side) for side in distances]
+    return all(high.item() <= min(spread * low.item(), LARGEST) for low, high in ends)
 
 
 def pair_matrices(pairs: Tensor, batch: int) -> Tensor:
     """Return what pairs i < j have (..., P) as symmetric matrices (..., B, B), whose diagonal is 0.
 
-    Of all ways to say which entries these are, a mask takes the fewest and fastest operations.
+    Of all ways to say which entries these are, a mask takes the fewest and fastest operations on a
+    CPU.
     """
     above = torch.ones(batch, batch, dtype=torch.bool, device=pairs.device).triu_(1)
     matrices = pairs.new_zeros(*pairs.shape[:-1], batch, batch).masked_scatter_(above, pairs)
@@ -69,7 +74,7 @@ def compared(student: Tensor, distances: Tensor, compare: Comparison, weight: fl
 
 
 class _Compared(torch.autograd.Function):
-    """What the backward keeps is a number for each pair; its sum is a product of matrices."""
+    """What the backward keeps is the vectors and (B, B); its sum is a product of matrices."""
 
     @staticmethod
     def forward(
@@ -84,9 +89,10 @@ class _Compared(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
         student, pulls = ctx.saved_tensors
-        pulls = outer * pulls
-        # Distances do not see where the vectors are, but rounding does.
-        moved = student - student[:1]
-        # Each vector's differences from the others, which a squared distance changes by twice.
-        own, twice = pulls.sum(1, keepdim=True) * moved, 2 * ctx.weight
-        return torch.addmm(own, pulls, moved, beta=twice, alpha=-twice), None, None, None
+        with full_precision(student):
+            pulls = outer * pulls
+            # Distances do not see where the vectors' middle is, but rounding does.
+            moved = student - student.mean(0)
+            # Each vector's differences from the others, which a squared distance changes by twice.
+            own, twice = pulls.sum(1, keepdim=True) * moved, 2 * ctx.weight
+            return torch.addmm(own, pulls, moved, beta=twice, alpha=-twice), None, None, None
