@@ -81,14 +81,19 @@ def published(student, teacher):
     )
 
 
-def relative_error(loss, student, teacher):
-    """Return by how much gradients in float32 differ from float64's, of the largest element."""
-    gradients = []
+def gradients(loss, student, teacher):
+    """Return the student's gradients in float32 and in float64."""
+    found = []
     for dtype in (torch.float32, torch.float64):
         given = student.to(dtype, copy=True).requires_grad_()
         loss(given, teacher.to(dtype)).backward()
-        gradients.append(given.grad.double())
-    found, expected = gradients
+        found.append(given.grad.double())
+    return found
+
+
+def relative_error(loss, student, teacher):
+    """Return by how much gradients in float32 differ from float64's, of the largest element."""
+    found, expected = gradients(loss, student, teacher)
     return (found - expected).abs().max() / expected.abs().max()
 
 
@@ -235,12 +240,7 @@ def test_angles_in_chunks_of_float32_have_the_gradient_of_float64(monkeypatch, a
     student, teacher = (draw(16, 64, seed=seed, dtype=torch.float32) for seed in (1, 2))
     student[1] = student[0] + apart * draw(64, seed=3).float() / 8
     monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", 3 * 16**2)
-    gradients = []
-    for dtype in (torch.float32, torch.float64):
-        given = student.to(dtype, copy=True).requires_grad_()
-        RKDAngleLoss()(given, teacher.to(dtype)).backward()
-        gradients.append(given.grad.double())
-    found, expected = gradients
+    found, expected = gradients(RKDAngleLoss(), student, teacher)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -299,12 +299,7 @@ def test_gradients_in_autocast_have_all_digits(make):
 def test_close_samples_have_the_gradient_of_float64(make, apart):
     student, teacher = (draw(16, 64, seed=seed, dtype=torch.float32) for seed in (1, 2))
     student[1] = student[0] + apart * draw(64, seed=3).float() / 8
-    gradients = []
-    for dtype in (torch.float32, torch.float64):
-        given = student.to(dtype, copy=True).requires_grad_()
-        make()(given, teacher.to(dtype)).backward()
-        gradients.append(given.grad.double())
-    found, expected = gradients
+    found, expected = gradients(make(), student, teacher)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
