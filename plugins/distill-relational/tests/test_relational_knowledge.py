@@ -212,27 +212,27 @@ class Peak(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("vertices", [1, 5, 40])
-def test_memory_is_that_of_the_chunk_and_of_a_few_matrices(monkeypatch, vertices):
-    chunk = vertices * 40**2
-    monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", chunk)
-    student, teacher = (draw(40, 4, seed=seed, dtype=torch.float32) for seed in (1, 2))
+def peak_of_angles(monkeypatch, vertices, width):
+    """Return the bytes of 40 samples' angles, so many vertices at a time."""
+    monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", vertices * 40**2)
+    student, teacher = (draw(40, width, seed=seed, dtype=torch.float32) for seed in (1, 2))
     student.requires_grad_()
     with Peak() as peak:
         RKDAngleLoss()(student, teacher).backward()
+    return peak.bytes
+
+
+@pytest.mark.parametrize("vertices", [1, 5, 40])
+def test_memory_is_that_of_the_chunk_and_of_a_few_matrices(monkeypatch, vertices):
+    taken, chunk = peak_of_angles(monkeypatch, vertices, 4), vertices * 40**2
     features = 2 * 40 * 4 * 8
-    assert 24 * chunk < peak.bytes <= 24 * chunk + 64 * 40**2 + 2 * features
+    assert 24 * chunk < taken <= 24 * chunk + 64 * 40**2 + 2 * features
 
 
 def test_well_spread_samples_take_less_memory(monkeypatch):
-    chunk = 5 * 40**2
-    monkeypatch.setattr(triplet_angles, "CHUNK_ON_CPU", chunk)
-    student, teacher = (draw(40, 64, seed=seed, dtype=torch.float32) for seed in (1, 2))
-    student.requires_grad_()
-    with Peak() as peak:
-        RKDAngleLoss()(student, teacher).backward()
+    taken, chunk = peak_of_angles(monkeypatch, 5, 64), 5 * 40**2
     features = 2 * 40 * 64 * 4
-    assert 16 * chunk < peak.bytes <= 16 * chunk + 32 * 40**2 + 2 * features
+    assert 16 * chunk < taken <= 16 * chunk + 32 * 40**2 + 2 * features
 
 
 @pytest.mark.parametrize("apart", [1e-3, 8])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distill.parameters import check_choice
 from distill_relational.batch_relations import BatchRelationLoss, Gather, unit_vectors
-from distill_relational.pair_distances import distance_difference
-from distill_relational.squared_distances import are_well_spread, compared, pair_distances
+from distill_relational.pair_distances import are_well_spread, compared, pair_distances
+from distill_relational.relative_distances import distance_difference
 from distill_relational.triplet_angles import angle_difference
 
 Reduction = Literal["mean", "sum"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill_relational.squared_distances import pair_matrices
+from distill_relational.pair_distances import pair_matrices
 
 CHUNK = 2**22
 """Angles that are looked at together; at least all those at one vertex."""
