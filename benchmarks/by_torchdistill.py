@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from engine import Train
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill.data.batch import Batch
@@ -102,6 +102,63 @@ def hints_by_torchdistill(
     return _trained(_box(teacher, student, config, device), device)
 
 
+def contrast_by_torchdistill(
+    teacher: nn.Module,
+    student: nn.Module,
+    device: torch.device,
+    ends: tuple[str, int, int],
+    samples: int,
+    drawn: Tensor,
+    weight: float,
+) -> Train:
+    """Return a function that trains with labels and CRD, by the same negatives each time.
+
+    Args:
+        teacher: frozen, but for its head.
+        student: trained by SGD.
+        device: where both are.
+        ends: a layer of both, how many numbers it gives, and how many an embedding of these has.
+        samples: in the data.
+        drawn: a row for itself and its negatives for each sample, int64 (B, K + 1), in place of
+            what its loader draws.
+        weight: of CRD.
+    """
+    layer, features, width = ends
+    linear = {"in_features": features, "out_features": width}
+    head = {"input_module_path": f"model.{layer}", "linear_kwargs": linear}
+    model = {
+        "forward_proc": "forward_batch_supp_dict",
+        "forward_hook": {"input": ["empty"], "output": [f"model.{layer}", "normalizer"]},
+        "auxiliary_model_wrapper": {"key": "Linear4CRD", "kwargs": head},
+        "requires_grad": True,
+    }
+    contrast = {
+        "student_norm_module_path": "normalizer",
+        "student_empty_module_path": "empty",
+        "teacher_norm_module_path": "normalizer",
+        "input_size": width,
+        "output_size": samples,
+        "num_negative_samples": drawn.shape[1] - 1,
+        "num_samples": samples,
+    }
+    terms = {
+        "ce": _of_student("CrossEntropyLoss", ".", {"uses_label": True}),
+        "crd": {"criterion": {"key": "CRDLoss", "kwargs": contrast}, "weight": weight},
+    }
+    config = {
+        "num_epochs": 1,
+        "teacher": {**model, "frozen_modules": ["model"]},
+        "student": model,
+        "optimizer": {"key": "SGD", "kwargs": {"lr": 0.01, "momentum": 0.9}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
+    }
+
+    def negatives(batch: Batch) -> dict[str, Tensor]:
+        return {"pos_idx": batch.index, "contrast_idx": drawn}
+
+    return _trained(_box(teacher, student, config, device), device, extras=negatives)
+
+
 def _box(
     teacher: nn.Module, student: nn.Module, config: dict[str, Any], device: torch.device
 ) -> Any:
@@ -111,7 +168,13 @@ def _box(
     return DistillationBox(teacher, student, {}, config, device, None, False, 1)
 
 
-def _trained(box: Any, device: torch.device, *, reduced: bool = False) -> Train:
+def _trained(
+    box: Any,
+    device: torch.device,
+    *,
+    reduced: bool = False,
+    extras: Callable[[Batch], dict[str, Tensor]] = lambda batch: {},
+) -> Train:
     box.teacher_model.eval()
     autocast = torch.autocast(device.type, torch.bfloat16) if reduced else nullcontext()
 
@@ -121,7 +184,7 @@ def _trained(box: Any, device: torch.device, *, reduced: bool = False) -> Train:
             inputs = batch.inputs.to(device)
             targets = None if batch.targets is None else batch.targets.to(device)
             with autocast:
-                loss = box.forward_process(inputs, targets, {})
+                loss = box.forward_process(inputs, targets, extras(batch))
             box.post_forward_process(loss)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -142,12 +205,18 @@ def _kd(temperature: float, alpha: float) -> dict[str, Any]:
 
 
 def _squares(student: str, teacher: str) -> dict[str, Any]:
+    target = {"io": "output", "module_path": teacher, "is_from_teacher": True}
+    return _of_student("MSELoss", student, target)
+
+
+def _of_student(loss: str, layer: str, target: dict[str, Any]) -> dict[str, Any]:
+    """Return a term that compares what a layer of the student gives with a target."""
     params: dict[str, Any] = {
-        "input": {"io": "output", "module_path": student, "is_from_teacher": False},
-        "target": {"io": "output", "module_path": teacher, "is_from_teacher": True},
+        "input": {"io": "output", "module_path": layer, "is_from_teacher": False},
+        "target": target,
     }
     return {
-        "criterion": {"key": "MSELoss", "kwargs": {}},
+        "criterion": {"key": loss, "kwargs": {}},
         "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": params},
         "weight": 1.0,
     }

@@ -1,4 +1,4 @@
-"""What CRD costs: its loss beside torchdistill's, and a step of training beside one of KD.
+"""What CRD's loss costs, beside torchdistill's.
 
 ``losses``: forward and backward with each kind of bank, beside torchdistill's where it is installed
 (pip install torchdistill), on the same embeddings and as many negatives. Measured in processes that
@@ -6,7 +6,7 @@ keep the pages of large temporaries and in others that get fresh ones, several o
 printed are the lowest and the highest of the medians that these find, and of the ratios. The floor
 is what it takes to move as many bytes as the rows of all negatives have, at the speed of a copy.
 
-``sizes``: set-up and loss for more samples. ``steps``: a step with KD, and with CRD in its place.
+``sizes``: set-up and loss for more samples.
 
 The sides of a measurement take turns, so that whatever slows the machine slows all.
 """
@@ -18,24 +18,19 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import psutil
 import torch
 from by_torchdistill import is_installed
-from engine import Train, by_distill
 from malloc_pages import KEPT_PAGES, add_pages_option, start_again_if_kept
 from timing import Work, taking_turns
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data.batch import Batch
 from distill_crd import CRDLoss
 
 NEGATIVES, WIDTH, CLASSES = 16384, 128, 100
@@ -63,17 +58,6 @@ class Labels:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.zeros(3, 32, 32), int(self.targets[index])
-
-
-DATA = {"Labels": Labels}
-
-
-def written(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as they stand in a file."""
-    return {
-        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-        for name, value in options.items()
-    }
 
 
 def unit_vectors(batch: int, device: torch.device) -> Tensor:
@@ -212,66 +196,9 @@ def compare_sizes(options: argparse.Namespace) -> None:
         )
 
 
-def compare_steps(options: argparse.Namespace) -> None:
-    """Print what a step costs with KD, and with CRD in its place."""
-    batch, turns, device = options.batch_size, options.turns, torch.device(options.device)
-    images = torch.randn(batch, 3, 32, 32)
-    targets = torch.randint(CLASSES, (batch,))
-    embeddings = {
-        f"{side}_embedding": {"type": "CRDEmbedding", "inputs": {"features": f"{side}.avgpool"}}
-        for side in ("student", "teacher")
-    }
-    wires = {**{name: name for name in embeddings}, "index": "index"}
-    kd = {"type": "KDLoss", "params": {"temperature": 4.0, "alpha": 0.1}}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        trains = [by_distill(_experiment(device, {"kd": kd}, {}), folder, stack, DATA)]
-        for bank in OPTIONS.values():
-            crd = {"type": "CRDLoss", "params": written(bank), "inputs": wires, "weight": 0.8}
-            terms = {"ce": {"type": "CrossEntropyLoss"}, "crd": crd}
-            trains.append(by_distill(_experiment(device, terms, embeddings), folder, stack, DATA))
-
-        def step(train: Train) -> None:
-            train([Batch(images, targets, torch.randint(SIZES[0], (batch,)))])
-
-        tasks = [partial(step, train) for train in trains]
-        plain, *others = taking_turns(tasks, turns, device)
-    print(f"A step of ResNet-32x4 to ResNet-8x4, batch of {batch}\n")
-    print("| criterion | step | of KD's |")
-    print("| --------- | ---: | ------: |")
-    print(f"| KD | {plain * 1e3:.1f} ms | 1 |")
-    for name, time in zip(OPTIONS, others, strict=True):
-        print(f"| CRD, {name} | {time * 1e3:.1f} ms | {time / plain:.3f} |")
-
-
-def _experiment(
-    device: torch.device, criterion: Mapping[str, Any], auxiliary: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "name": "contrast",
-        "device": str(device),
-        "datasets": {"noise": {"type": "Labels", "params": {"size": SIZES[0]}}},
-        "models": {"deep": {"type": "cifar_resnet32x4"}, "thin": {"type": "cifar_resnet8x4"}},
-        "stages": [
-            {
-                "name": "crd",
-                "epochs": 1,
-                "data": {"train": "noise", "batch_size": 64},
-                "teacher": {"model": "deep"},
-                "student": {"model": "thin"},
-                "auxiliary": auxiliary,
-                "criterion": criterion,
-                "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
-                "metrics": [],
-            }
-        ],
-    }
-
-
 PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "losses": compare_losses,
     "sizes": compare_sizes,
-    "steps": compare_steps,
 }
 
 

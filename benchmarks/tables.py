@@ -53,7 +53,7 @@ TABLES = {
     "losses": Table(["losses.py", "--turns", "5"], threads=1),
     "contrast": Table(["contrast.py", "--only", "losses", "--turns", "9"]),
     "banks": Table(["contrast.py", "--only", "sizes"]),
-    "crd-steps": Table(["contrast.py", "--only", "steps"]),
+    "crd-steps": Table(["contrast_steps.py"]),
     "relations": Table(["relations.py", *RELATIONS], threads=1),
     "vocabulary": Table(
         ["vocabulary.py"], threads=1, bare=True, left_out=["beyond, of one side's logits"]
