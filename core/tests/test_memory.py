@@ -35,13 +35,53 @@ def test_a_device_that_does_not_tell_is_believed(monkeypatch, capsys):
     assert capsys.readouterr().err == "banks take 2.0 kB on meta\n"
 
 
-def test_a_container_s_limit_counts(monkeypatch, tmp_path):
+VERSIONS = {
+    "2": ("0::/job/step", "", "memory.max", "memory.current", ""),
+    "1": (
+        "4:cpu,memory:/job/step",
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_",
+    ),
+}
+
+
+@pytest.mark.parametrize("group", ["", "job", "job/step"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_container_s_limit_leaves_counts_with_files_that_can_be_dropped(
+    monkeypatch, tmp_path, version, group
+):
     monkeypatch.undo()
-    for name, value in (("_LIMIT", "3000\n"), ("_USED", "1000\n")):
-        file = tmp_path / name
-        file.write_text(value)
-        monkeypatch.setattr(memory, name, file)
-    assert memory.free_memory(CPU) == 2000
-    (tmp_path / "_LIMIT").write_text("max\n")
-    assert memory.free_memory(CPU) > 2000
+    own, top, limit, used, prefix = VERSIONS[version]
+    (tmp_path / "own").write_text(f"7:pids:/x\n{own}\n")
+    monkeypatch.setattr(memory, "_OWN", tmp_path / "own")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    folder = tmp_path / top / group
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit).write_text("3000\n")
+    (folder / used).write_text("2900\n")
+    (folder / "memory.stat").write_text(f"{prefix}active_file 600\n{prefix}inactive_file 300\n")
+    assert memory.free_memory(CPU) == 1000
+    (folder / limit).write_text("max\n")
+    assert memory.free_memory(CPU) > 3000
     assert memory.free_memory(torch.device("meta")) is None
+
+
+def test_without_control_groups_the_machine_s_memory_counts(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "_OWN", tmp_path / "none")
+    assert memory.free_memory(CPU) > 10**6
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch, capsys):
+    here = memory.socket.gethostname()
+    monkeypatch.setattr(memory, "gather_objects", lambda own: [here, "another", here])
+    with pytest.raises(
+        ValueError, match=r"banks take 600.0 MB on cpu in each of 2 processes.*: 200.0 MB are"
+    ):
+        claim(600_000_000, CPU, "banks")
+    claim(500_000_000, CPU, "banks")
+    assert "banks take 500.0 MB on cpu in each of 2 processes" in capsys.readouterr().err
+    claim(900_000_000, torch.device("meta"), "banks of a device of its own")
+    assert "each" not in capsys.readouterr().err

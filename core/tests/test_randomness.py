@@ -106,3 +106,20 @@ def test_numbers_depend_on_the_sample_and_not_on_its_batch():
 def test_numbers_of_a_batch_never_change_between_versions():
     drawn = randomness.uniforms(7, torch.tensor([3]), torch.tensor([1]), 2)
     assert (drawn * 2**24).long().tolist() == [[2000454, 4022021]]
+
+
+def test_a_seeded_block_asks_no_gpu_but_the_one_in_use(monkeypatch):
+    asked = []
+    state = torch.zeros(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append(device))
+    with randomness.seeded(3, "model"):
+        pass
+    assert asked == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    with randomness.seeded(3, "model"):
+        pass
+    assert asked == [5, 5]

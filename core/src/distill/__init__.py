@@ -4,6 +4,7 @@ This page is the whole contract for plugin authors and Python users; everything 
 
 Plugin authors: ``hookimpl``, ``Sample``, ``Views`` of one, ``Batch``, ``labels`` of a data set,
 ``gather`` for losses on the batch of all processes, ``claim`` before much memory is taken,
+``once_differentiable`` for gradients of one's own,
 ``Metric``, ``Observer`` and the events it is told of, ``DistillError`` and its kinds.
 Python users: ``load`` an experiment, ``check`` it, ``run`` it; ``plugins`` gives the registry to
 create any component by name; ``Capture`` records features of any module of any model.
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from distill.data.batch import Sample as Sample
     from distill.data.batch import Views as Views
     from distill.data.labels import labels as labels
+    from distill.derivatives import once_differentiable as once_differentiable
     from distill.experiment_check import check as check
     from distill.global_batch import gather as gather
     from distill.memory import claim as claim
@@ -72,6 +74,7 @@ _LAZY = {
     "gather": "distill.global_batch",
     "labels": "distill.data.labels",
     "load": "distill.config.load",
+    "once_differentiable": "distill.derivatives",
     "run": "distill.runner",
 }
 
@@ -102,6 +105,7 @@ __all__ = [
     "hookimpl",
     "labels",
     "load",
+    "once_differentiable",
     "plugins",
     "run",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy
 import numpy.typing
@@ -101,12 +101,22 @@ def seed_step(base: int, step: int, device: torch.device) -> None:
         torch.mps.manual_seed(value)
 
 
+def torch_forked() -> AbstractContextManager[None]:
+    """Return a context that leaves torch's generators as they were.
+
+    Of GPUs it is the one that this process runs on, once it does: to ask all of a machine, as torch
+    does by itself, wakes each of them up, and warns of it.
+    """
+    ours = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    return torch.random.fork_rng(ours)
+
+
 @contextmanager
 def seeded(seed: int, *position: int | str) -> Iterator[None]:
     """Let torch, random and numpy draw from one position; leave their generators as they were."""
     value = derive(seed, *position)
     states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with torch_forked():
         torch.manual_seed(value)
         random.seed(value)
         numpy.random.seed(value & 0xFFFFFFFF)

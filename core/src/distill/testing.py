@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 from torch.utils.data import Dataset
 
-from distill import builtin
+from distill import builtin, randomness
 from distill.config.experiment import Experiment
 from distill.config.load import load
 from distill.forked import Forked
@@ -253,7 +253,7 @@ class LossConformance:
         torch.testing.assert_close(loss(**rounded).float(), loss(**given), rtol=0.05, atol=0.05)
 
     def _tensors(self, batch: int = 4) -> dict[str, torch.Tensor]:
-        with torch.random.fork_rng():
+        with randomness.torch_forked():
             torch.manual_seed(0)
             return self.tensors(batch)
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill_crd import CRDEmbedding, CRDLoss
+from distill_crd.contrastive import SMALLEST_TEMPERATURE
+from distill_crd.memory_bank import last_of_each
 from distill_crd.noise_contrast import Negatives
 
 METHOD = "crd"
@@ -205,6 +207,49 @@ def test_of_a_sample_that_comes_twice_the_last_counts() -> None:
     torch.testing.assert_close(loss.student_bank[[9, 5]], student[1:].detach())
 
 
+def test_what_a_step_does_with_banks_does_not_grow_with_them() -> None:
+    index = torch.tensor([10**12, 3, 10**12, 3, 7])
+    assert last_of_each(index).tolist() == [2, 3, 2, 3, 4]
+
+
+@pytest.mark.parametrize("way", ["listed", "marked"])
+def test_at_the_lowest_temperature_gradients_are_those_of_float64(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill_crd.contrastive.MOST_ROWS_FOR_ONE", 0 if way == "listed" else 100)
+    found = []
+    for dtype in (torch.float32, DOUBLE):
+        loss = made(MANY, temperature=SMALLEST_TEMPERATURE, bank_dtype=DOUBLE).to(dtype)
+        for bank in (loss.student_bank, loss.teacher_bank):
+            bank.copy_(F.normalize(bank, dim=1))
+        student, teacher = embeddings(4)
+        with torch.no_grad():  # as far from their own rows as can be
+            student[0], teacher[1] = -loss.teacher_bank[3], -loss.student_bank[17]
+        value = loss(student.to(dtype), teacher.to(dtype), INDEX)
+        value.backward()
+        found.append((value.double(), student.grad, teacher.grad))
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_is_not_to_be_differentiated_again() -> None:
+    student, teacher = embeddings(4)
+    value = made(MANY)(student, teacher, INDEX)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again: .* create_graph=True"):
+        torch.autograd.grad(value, student, create_graph=True)
+
+
+@pytest.mark.parametrize("index", [torch.arange(1), torch.arange(5), torch.arange(4.0)])
+def test_an_index_that_is_not_that_of_the_embeddings_is_refused(index: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"int64, of each of 4 embeddings.*it is torch.*\("):
+        made(MANY)(*embeddings(4), index)
+
+
+def test_a_loss_without_banks_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match="no banks yet: call setup"):
+        CRDLoss()(*embeddings(4), INDEX)
+
+
 def test_constants_are_set_by_the_first_step_and_stay() -> None:
     loss = made(MANY)
     assert loss.constants.tolist() == [-1.0, -1.0]
@@ -363,6 +408,11 @@ def test_banks_are_told_and_refused_before_they_are_allocated(
         ({"positive": "same"}, "positive must be one of 'exact', 'relaxed', got 'same'"),
         ({"exclude": "none"}, "exclude must be one of 'class', 'sample', got 'none'"),
         ({"queue": 0}, "queue must be a whole number > 0, got 0"),
+        (
+            {"bank_dtype": torch.float8_e4m3fn},
+            "bank_dtype must be float32, bfloat16 or float16, got",
+        ),
+        ({"bank_dtype": "bfloat16"}, "bank_dtype must be float32, bfloat16 or float16, got"),
         ({"bank_dtype": torch.int8}, "bank_dtype must be float32, bfloat16 or float16, got"),
         ({"eps": -1.0}, "eps must be >= 0"),
         ({"queue": 9, "shared_negatives": True}, "queue must be None with shared_negatives"),

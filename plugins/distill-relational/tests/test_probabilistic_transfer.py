@@ -81,6 +81,19 @@ def test_a_vector_of_zeros_is_unlike_all_and_gets_no_gradient():
     assert student.grad.abs().max() < 1
 
 
+def test_opposite_vectors_whose_cosine_is_rounded_below_minus_1_give_a_finite_loss():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        one, other = torch.randn(2, 20_000, generator=generator)
+        sides = torch.stack([one, -one]), torch.stack([one, other])
+        for ours, theirs in (sides, sides[::-1]):
+            features = ours.clone().requires_grad_()
+            value = PKTLoss()(features, theirs)
+            value.backward()
+            assert value.isfinite()
+            assert features.grad.isfinite().all()
+
+
 def test_a_single_sample_gives_0():
     student = draw(1, 4).requires_grad_()
     loss = PKTLoss()(student, draw(1, 6, seed=1))

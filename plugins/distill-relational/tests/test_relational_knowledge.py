@@ -354,6 +354,14 @@ def test_few_samples_have_nothing_to_compare(make):
 
 
 @BOTH
+def test_a_gradient_is_not_to_be_differentiated_again(make):
+    student = draw(4, 4, seed=1).requires_grad_()
+    loss = make()(student.tanh(), draw(4, 4, seed=2))
+    with pytest.raises(RuntimeError, match="without create_graph=True"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+@BOTH
 def test_maps_are_flattened(make):
     student, teacher = draw(4, 3, 2, 2, seed=1), draw(4, 5, 1, 1, seed=2)
     flat = make()(student.flatten(1), teacher.flatten(1))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from distill import randomness
 from distill.data.batch import map_tensors
 from distill.model.branches import Pruned, Untraceable, without_side_branches
 from distill.model.wiring import Values
@@ -64,7 +65,7 @@ def _gives_the_same(model: nn.Module, pruned: nn.Module, gives: Gives) -> bool:
 
 def _drawn_alike(model: nn.Module, gives: Gives, form: nn.Module | None) -> Values:
     """Return what a step reads of a form of the model, drawn from one seed."""
-    with torch.no_grad(), _dropouts_off(model), torch.random.fork_rng():
+    with torch.no_grad(), _dropouts_off(model), randomness.torch_forked():
         torch.manual_seed(0)
         return gives(form)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distill import distributed
+from distill import distributed, randomness
 from distill.config.experiment import Stage, Teacher
 from distill.config.teaching import Fast
 from distill.data.batch import Batch
@@ -203,7 +203,7 @@ def _traceless(model: nn.Module) -> Iterator[None]:
     if any(parameter.is_cuda for parameter in model.parameters()):
         cudnn = torch.backends.cudnn
         exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)
-    with torch.random.fork_rng(), buffers_kept(model), exact:
+    with randomness.torch_forked(), buffers_kept(model), exact:
         yield
 
 
@@ -227,7 +227,7 @@ def fast_notes(run: SeedRun, assembly: Assembly, source: Source, plan: Plan) -> 
             special = special_module(run.builder, stage.roles[role], plain)
             if special is not None:
                 special.eval()
-            with torch.random.fork_rng(), buffers_kept(plain), buffers_kept(form.model):
+            with randomness.torch_forked(), buffers_kept(plain), buffers_kept(form.model):
                 call = partial(call_model, plain, special, batch)
                 before = values_read(plain, call, role, addresses)
                 now = values_read(form.model, partial(form, batch), role, addresses)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from distill import randomness
 from distill.config.experiment import Experiment, Stage
 from distill.config.yaml_document import Path
 from distill.data.batch import Batch
@@ -300,7 +301,7 @@ def _as_in_training(assembly: Assembly, batch: Batch) -> Iterator[None]:
     assert distiller is not None
     parts = [distiller, *assembly.specials.values()]
     modes = {module: module.training for part in parts for module in part.modules()}
-    with torch.random.fork_rng(enabled=batch.index.device.type != "meta"):
+    with randomness.torch_forked():
         distiller.train()
         for module in modes:
             if len(batch) < 2 and isinstance(module, nn.modules.batchnorm._NormBase):

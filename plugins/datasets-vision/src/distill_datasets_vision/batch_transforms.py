@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch.nn.functional import one_hot
 from torchvision.transforms.v2 import CutMix as TorchvisionCutMix  # type: ignore[attr-defined]
 from torchvision.transforms.v2 import MixUp as TorchvisionMixUp  # type: ignore[attr-defined]
 
@@ -107,6 +107,9 @@ class MixUpOrCutMix:
 def soft_targets(inputs: Any, targets: Any, num_classes: int) -> torch.Tensor:
     """Return targets as probabilities (B, num_classes), floating point.
 
+    On a GPU nobody waits to see whether all labels are below ``num_classes``: one that is not gets
+    NaN, with which the step ends the run.
+
     Raises:
         ValueError: if they, or the images (B, C, H, W), are not of a kind that can be mixed.
     """
@@ -124,6 +127,14 @@ def soft_targets(inputs: Any, targets: Any, num_classes: int) -> torch.Tensor:
             "targets must be labels, whole numbers (B,), or probabilities (B, num_classes); "
             f"these are {targets.dtype} {tuple(targets.shape)}"
         )
+    if targets.device.type == "cpu":
+        _refuse_unless_labels(targets, num_classes)
+    is_class = targets[:, None] == torch.arange(num_classes, device=targets.device)
+    is_label = (targets >= 0).logical_and(targets < num_classes)
+    return is_class.float().masked_fill(is_label.logical_not()[:, None], math.nan)
+
+
+def _refuse_unless_labels(targets: torch.Tensor, num_classes: int) -> None:
     lowest, highest = torch.stack(targets.aminmax()).tolist()
     if lowest < 0 or highest >= num_classes:
         label = lowest if lowest < 0 else highest
@@ -131,7 +142,6 @@ def soft_targets(inputs: Any, targets: Any, num_classes: int) -> torch.Tensor:
             f"there is a label {label}; with num_classes {num_classes} labels are from "
             f"0 to {num_classes - 1}"
         )
-    return one_hot(targets.long(), num_classes).float()
 
 
 def _mixed(mix: Any, images: torch.Tensor, targets: torch.Tensor) -> Mixed:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from distill import DataError, claim, gather, labels
 from distill.parameters import Parametrized, check, check_choice
@@ -23,6 +24,7 @@ Positive = Literal["exact", "relaxed"]
 Exclude = Literal["class", "sample"]
 
 SMALLEST_TEMPERATURE = 0.0125
+BANK_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_ROWS_FOR_ONE = 16
 """Banks of up to so many rows a negative are multiplied in whole; with more it would cost more than
 to fetch each negative by itself."""
@@ -126,13 +128,8 @@ class CRDLoss(Parametrized):
         check(
             self, "queue", queue, queue is None or alone, "None with shared_negatives or positive"
         )
-        check(
-            self,
-            "bank_dtype",
-            bank_dtype,
-            bank_dtype.is_floating_point,
-            "float32, bfloat16 or float16",
-        )
+        fits = bank_dtype in BANK_DTYPES
+        check(self, "bank_dtype", bank_dtype, fits, "float32, bfloat16 or float16")
         check(self, "eps", eps, eps >= 0, ">= 0")
         check(self, "ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1")
         fits = ratio == 1 or not (shared_negatives or queue)
@@ -158,7 +155,7 @@ class CRDLoss(Parametrized):
         Raises:
             ValueError: as the class says.
         """
-        student, _ = _checked(student_embedding, teacher_embedding)
+        student, _ = _checked(student_embedding, teacher_embedding, index)
         device, width = student.device, student.shape[1]
         rows = len(dataset) if self.queue is None else self.queue
         classes = self._classes_of(dataset)
@@ -185,7 +182,9 @@ class CRDLoss(Parametrized):
         self, student_embedding: Tensor, teacher_embedding: Tensor, index: Tensor
     ) -> Tensor:
         """Return the loss, and bring the banks up to date if in train mode."""
-        embeddings = _checked(student_embedding, teacher_embedding)
+        if not hasattr(self, "classes"):
+            raise RuntimeError("CRDLoss has no banks yet: call setup with embeddings and data")
+        embeddings = _checked(student_embedding, teacher_embedding, index)
         # Autocast would multiply in half precision.
         with torch.autocast(index.device.type, enabled=False):
             return self._loss(embeddings, index)
@@ -281,10 +280,13 @@ class CRDLoss(Parametrized):
         """Return the loss of one side for each sample, (B)."""
         count = negatives.count
         prior = count.clamp_min(1).to(embedding.dtype) / len(self.classes)
-        noise = prior + self.eps
-        own = ((embedding * positive).sum(1) / self.temperature).exp() / constant
-        of_negatives = log_noise_sums(embedding, negatives, self.temperature, noise * constant)
-        return (1 + noise / own).log() + of_negatives + count * (self.eps / prior).log1p()
+        noise = (prior + self.eps) * constant
+        score = (embedding * positive).sum(1) / self.temperature
+        # log(1 + noise / exp(score)), whose quotient's square, which its gradient has, is too much
+        # for float32 at low temperatures.
+        of_positive = softplus(noise.log() - score, threshold=40)
+        of_negatives = log_noise_sums(embedding, negatives, self.temperature, noise)
+        return of_positive + of_negatives + count * (self.eps / prior).log1p()
 
     @torch.no_grad()
     def _follow(self, constants: Tensor, embeddings: tuple[Tensor, Tensor], index: Tensor) -> None:
@@ -293,36 +295,39 @@ class CRDLoss(Parametrized):
         if not self._has_constants:
             self.constants.copy_(constants)
             self._has_constants = True
-        index = gather(index)
-        student, teacher = gather(torch.cat(embeddings, 1)).chunk(2, 1)
-        for bank, rows in ((self.student_bank, student), (self.teacher_bank, teacher)):
-            if self.queue is None:
-                rows = momentum_rows(
-                    bank, index, rows[last_of_each(index, len(bank))], self.momentum
-                )
-                bank[index] = rows.to(bank.dtype)
-            else:
-                push(bank, self.pushed, rows)
-        if self.queue is not None:
-            push(self.queued, self.pushed, self.classes.of[index])
-            self.pushed += len(index)
+        index, both = gather(index), gather(torch.cat(embeddings, 1))
+        banks = self.student_bank, self.teacher_bank
+        if self.queue is None:
+            latest = both[last_of_each(index)].chunk(2, 1)
+            for bank, rows in zip(banks, latest, strict=True):
+                bank[index] = momentum_rows(bank, index, rows, self.momentum).to(bank.dtype)
+            return
+        newest = *both.chunk(2, 1), self.classes.of[index]
+        for queue, rows in zip((*banks, self.queued), newest, strict=True):
+            push(queue, self.pushed, rows)
+        self.pushed += len(index)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._has_constants = bool((self.constants > 0).all())
+        self._has_constants = hasattr(self, "constants") and bool((self.constants > 0).all())
 
 
-def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(student: Tensor, teacher: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Return both embeddings in float32, or in float64 if one of them is.
 
     Raises:
-        ValueError: if they are of different widths.
+        ValueError: if they are of different widths, or the index is not theirs.
     """
     if student.shape != teacher.shape or student.dim() != 2:
         raise ValueError(
             "CRDLoss: embeddings must be (B, D) and of the same width, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}; give both CRDEmbedding the same "
             "out_features"
+        )
+    if not len(student) or index.shape != student.shape[:1] or index.dtype != torch.int64:
+        raise ValueError(
+            "CRDLoss: index must give the position in the data set, int64, of each of "
+            f"{len(student)} embeddings, at least one; it is {index.dtype} {tuple(index.shape)}"
         )
     dtype = torch.promote_types(student.dtype, torch.promote_types(teacher.dtype, torch.float32))
     return student.to(dtype), teacher.to(dtype)

@@ -52,14 +52,13 @@ def momentum_rows(bank: Tensor, index: Tensor, embeddings: Tensor, momentum: flo
     return F.normalize(moved, dim=1)
 
 
-def last_of_each(index: Tensor, size: int) -> Tensor:
-    """Return for each place of ``index`` (n), numbers below ``size``, the last place of the same.
+def last_of_each(index: Tensor) -> Tensor:
+    """Return for each place of ``index`` (n) the last place of the same number.
 
     So that a sample that comes twice in a batch leaves the same in its row on every device.
     """
-    places = torch.arange(len(index), device=index.device)
-    last = index.new_zeros(size).scatter_reduce_(0, index, places, "amax")
-    return last[index]
+    numbers, places = index.sort(stable=True)
+    return places[torch.searchsorted(numbers, index, right=True) - 1]
 
 
 def push(queue: Tensor, pushed: Tensor, newest: Tensor) -> None:

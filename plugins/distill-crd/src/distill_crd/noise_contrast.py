@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from distill import once_differentiable
+
 PIECE = {"cpu": 2**20, "cuda": 2**26}
 """Bytes of the products that are taken together, by device type."""
 FETCHED = {"cpu": 2**22, "cuda": 2**26}
@@ -171,7 +173,7 @@ class _LogNoiseSums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0][:, None], None, None, None

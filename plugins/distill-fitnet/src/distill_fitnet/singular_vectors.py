@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from distill import once_differentiable
 from distill_fitnet.feature_pairs import Pair
 from distill_fitnet.vectors import unit_vectors
 

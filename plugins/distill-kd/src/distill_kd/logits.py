@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from distill import once_differentiable
 from distill.parameters import Parametrized, check_choice, check_positive
 
 SoftTargets = Literal["argmax", "error"]

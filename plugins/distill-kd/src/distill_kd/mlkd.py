@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from distill import once_differentiable
 from distill.parameters import check, check_choice, check_factor
 from distill_kd.batch_logits import (
     Gather,

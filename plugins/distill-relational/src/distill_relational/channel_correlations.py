@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from distill import once_differentiable
 
 CHUNK = 2**24
 """Correlations that are looked at together; at least all those of one sample."""
@@ -22,7 +23,7 @@ def correlation_difference(student: Tensor, teacher: Tensor) -> Tensor:
     Correlations are the products of a sample's channels, each row divided by its L2 norm; a row of
     zeros stays, without a gradient. The gradient is computed together with the values, for
     max(2**24, C * C) correlations at a time (2**19 on a CPU), in three arrays of so many numbers.
-    Second derivatives are not meant to be taken.
+    It cannot be differentiated again.
 
     Args:
         student: (B, C, N), a channel's values in a row; it gets the gradient.

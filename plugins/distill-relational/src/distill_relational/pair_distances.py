@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from distill import once_differentiable
 from distill_relational.batch_relations import full_precision
 
 LARGEST = 1e18
@@ -61,7 +61,7 @@ def compared(student: Tensor, distances: Tensor, compare: Comparison, weight: fl
     """Return what a comparison of distances sums up, with its gradient for the student's vectors.
 
     That is found together with the value, so that small batches, where each operation costs more
-    than what it computes, take few of them. Second derivatives are not meant to be taken.
+    than what it computes, take few of them. It cannot be differentiated again.
 
     Args:
         student: vectors (B, D), which get the gradient.

@@ -62,5 +62,6 @@ class PKTLoss(BatchRelationLoss):
 
     def _probabilities(self, vectors: Tensor) -> Tensor:
         units = unit_vectors(vectors, smallest=0.0, eps=self.eps)
-        similarities = (units @ units.T + 1) / 2
+        # Rounding takes the cosine of opposite vectors below -1.
+        similarities = ((units @ units.T + 1) / 2).clamp_min(0)
         return similarities / similarities.sum(1, keepdim=True)
