@@ -137,8 +137,9 @@ class VIDLoss(Parametrized):
         self.channels = settled(self, "channels", self.channels, found, as_list(student_features))
         if not self.raw_variances:
             self._build(found)
-        for raw, (student, _) in zip(self.raw_variances, pairs, strict=True):
-            raw.data = raw.data.to(student)
+        for level, (student, _) in enumerate(pairs):
+            raw = self.raw_variances[level].detach()
+            self.raw_variances[level] = nn.Parameter(raw.to(student))
 
     def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
         """Return the loss of a batch as a scalar; see the class for shapes."""
