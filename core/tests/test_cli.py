@@ -60,7 +60,10 @@ def test_help_and_check_of_the_frame_import_no_torch(exp):
 def test_check_of_a_good_file_says_so(distill, exp):
     result = distill("check", exp)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == f"{exp}: no faults (2 stages, 2 models)\n"
+    assert (
+        result.stdout
+        == f"{exp}: no faults (2 stages, 2 models); data and checkpoints not opened, see --data\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["check", "run", "eval", "inspect"])

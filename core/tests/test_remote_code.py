@@ -93,7 +93,7 @@ def test_check_lists_what_would_run_and_finds_no_fault_in_it(command, tmp_path):
     result = command("check", "toy.yaml")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.splitlines() == [
-        "toy.yaml: no faults (2 stages, 2 models)",
+        "toy.yaml: no faults (2 stages, 2 models); data and checkpoints not opened, see --data",
         f"remote code: models.far: {SAID}; what uses it is not checked",
     ]
     assert not ran(tmp_path)
@@ -102,7 +102,10 @@ def test_check_lists_what_would_run_and_finds_no_fault_in_it(command, tmp_path):
 def test_check_looks_into_the_model_where_it_is_allowed(command, tmp_path):
     result = command("check", "toy.yaml", "--allow-remote-code")
     assert result.exit_code == 0
-    assert result.stdout == "toy.yaml: no faults (2 stages, 2 models)\n"
+    assert (
+        result.stdout
+        == "toy.yaml: no faults (2 stages, 2 models); data and checkpoints not opened, see --data\n"
+    )
     assert ran(tmp_path)
     wrong = ("-s", "stages.hint.criterion.hint.inputs.target=teacher.bdy")
     assert command("check", "toy.yaml", *wrong).exit_code == 0

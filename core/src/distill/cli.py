@@ -155,10 +155,11 @@ def check(
     allowed = {"allow_remote_code": allow_remote_code}
     check_experiment(experiment, registry, data=data, stores=stores, **allowed)
     stages, models = len(experiment.stages), len(experiment.models)
+    opened = "two samples have gone through every stage"
+    unopened = "data and checkpoints not opened, see --data"
     click.echo(
         f"{file}: no faults ({stages} stage{'s' * (stages != 1)}, "
-        f"{models} model{'s' * (models != 1)})"
-        f"{'; two samples have gone through every stage' * data}"
+        f"{models} model{'s' * (models != 1)}); {opened if data else unopened}"
     )
     if not allow_remote_code:
         for fault in refusals(experiment, registry):

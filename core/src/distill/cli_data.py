@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.cli_errors import Group
+from distill.cli_errors import RESUMABLE, Group
 from distill.cli_options import plugin_option, remote_code_option, set_option
-from distill.errors import StorageError, UsageError, did_you_mean
+from distill.errors import DataError, StorageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from distill.data.batch import Sample
     from distill.data.source import Source
+
+SHOWN = 20
+FILE_LISTS = ("samples", "images", "files")
 
 
 @click.group(cls=Group)
@@ -27,7 +30,11 @@ def data() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("dataset")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write: a new, empty or half-packed one.",
 )
 @click.option(
     "--size",
@@ -53,6 +60,7 @@ def data() -> None:
     show_default=True,
     help="Processes that read and encode.",
 )
+@click.option("--skip-bad", is_flag=True, help="Leave out samples that cannot be read.")
 @set_option
 @plugin_option
 @remote_code_option
@@ -64,6 +72,7 @@ def pack(
     encoding: str,
     quality: int,
     workers: int,
+    skip_bad: bool,
     overrides: Sequence[str],
     plugin_files: Sequence[Path],
     allow_remote_code: bool,
@@ -72,6 +81,12 @@ def pack(
 
     They are packed as they are behind the data set's wrappers and before its transforms. The folder
     is a data set of its own: {type: Packed, params: {root: FOLDER}}.
+
+    Samples that cannot be read are named after the last one. They are an error, and the folder is
+    left half-packed; with --skip-bad they are left out, and the others keep their order.
+
+    A folder with something in it, such as a packed data set, is refused. One that is half-packed,
+    since packing was stopped or failed, is never read; packing to it again begins anew.
     """
     from distill.experiment_file import open_experiment
     from distill.training.build import Builder
@@ -93,22 +108,60 @@ def pack(
         "dataset": dataset,
         "parts": [{"type": part.type, "params": dict(part.params)} for part in parts],
     }
-    with click.progressbar(length=len(source), label=f"packing {dataset}", file=sys.stderr) as bar:
+    _pack(packer, source, output, made_from, skip_bad)
+
+
+def _pack(
+    packer: Any, source: Source, output: Path, made_from: Mapping[str, Any], skip_bad: bool
+) -> None:
+    bad: dict[int, str] = {}
+
+    def on_bad(found: Mapping[int, str]) -> None:
+        bad.update(found)
+        if not skip_bad or len(bad) == len(source):
+            raise DataError(_refusal(bad, len(source)))
+
+    label = f"packing {source.name}"
+    with click.progressbar(length=len(source), label=label, file=sys.stderr) as bar:
         try:
-            written = packer(_Samples(source), output, made_from, lambda _: bar.update(1))
+            written = packer(_Samples(source), output, made_from, lambda _: bar.update(1), on_bad)
         except FileExistsError as error:
             raise UsageError(str(error)) from error
         except OSError as error:
             raise StorageError(f"{output} cannot be written: {error}") from error
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command begins anew", err=True)
+            sys.exit(RESUMABLE)
+    if bad:
+        click.echo(f"{_counted(bad)} skipped:\n{_listed(bad)}", err=True)
     sizes = [path.stat().st_size for path in output.iterdir()]
     click.echo(
-        f"{len(source):,} samples in {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB; to be read "
-        f"with {written}"
+        f"{len(source) - len(bad):,} samples in {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"
+        f"{f'; {_counted(bad)} skipped' if bad else ''}; to be read with {written}"
     )
 
 
+def _refusal(bad: Mapping[int, str], samples: int) -> str:
+    which = f"{_counted(bad)} of {samples:,} cannot be packed; --skip-bad leaves bad samples out"
+    if len(bad) == samples:
+        which = f"none of {samples:,} samples can be packed"
+    return f"{which}\n{_listed(bad)}"
+
+
+def _listed(bad: Mapping[int, str]) -> str:
+    """Return a line for each of the first samples, which names it, and how many more there are."""
+    lines = [f"  {reason}" for reason in list(bad.values())[:SHOWN]]
+    if len(bad) > SHOWN:
+        lines.append(f"  ... and {len(bad) - SHOWN:,} more")
+    return "\n".join(lines)
+
+
+def _counted(bad: Mapping[int, str]) -> str:
+    return f"{len(bad):,} sample{'s' * (len(bad) != 1)}"
+
+
 class _Samples:
-    """The items of a data set as its wrappers give them, their errors told with its name."""
+    """The items of a data set as its wrappers give them, their errors told with name and file."""
 
     def __init__(self, source: Source):
         self._source, self.classes = source, source.classes
@@ -117,4 +170,24 @@ class _Samples:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._source.untransformed(index)
+        try:
+            return self._source.untransformed(index)
+        except DataError as error:
+            file = _file(self._source.dataset, index)
+            if file is None or file in str(error):
+                raise
+            raise DataError(f"{error} ({file})") from error
+
+
+def _file(dataset: Any, index: int) -> str | None:
+    """Return the file of a sample, where its data set lists them as torchvision's do."""
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        return _file(dataset.dataset, int(dataset.indices[index]))
+    for name in FILE_LISTS:
+        listed = getattr(dataset, name, None)
+        if isinstance(listed, (list, tuple)) and len(listed) == len(dataset):
+            entry = listed[index]
+            file = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
+            if isinstance(file, (str, Path)):
+                return str(file)
+    return None

@@ -187,9 +187,11 @@ def distill_observers() -> Components:  # type: ignore[empty-body]
 def distill_packers() -> Components:  # type: ignore[empty-body]
     """What ``distill data pack --format NAME`` writes with: ``(size, quality, workers) -> packer``.
 
-    ``packer(dataset, folder, source, progress) -> text`` writes every ``Sample`` of a data set to a
-    folder and returns what a file writes to read it. ``source``, what the data set is made from, is
-    plain data for ``meta.json``; ``progress(done)`` is called after each sample.
+    ``packer(dataset, folder, source, progress, on_bad) -> text`` writes every ``Sample`` of a data
+    set to a folder and returns what a file writes to read it. ``source``, what the data set is made
+    from, is plain data for ``meta.json``; ``progress(done)`` is called after each sample, and
+    ``on_bad(bad)`` once after the last, if any cannot be packed, with why by index: they are left
+    out, and what it raises leaves the folder unfinished.
     """
 
 

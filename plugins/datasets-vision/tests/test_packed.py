@@ -127,6 +127,70 @@ def test_what_cannot_be_packed_is_named(tmp_path, workers):
         pack(tmp_path, dataset=Pictures(make=str))
 
 
+class Damaged(Pictures):
+    """Some of the pictures cannot be read, and one is longer than a JPEG may be."""
+
+    def __init__(self, bad, long=None, **options):
+        super().__init__(**options)
+        self.bad, self.long = bad, long
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise OSError(f"picture {index} is truncated")
+        if index == self.long:
+            return Sample(Image.new("L", (70_000, 1)), 0)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_bad_samples_are_named_in_the_end_and_nothing_is_finished(tmp_path, workers):
+    with pytest.raises(DataError) as caught:
+        pack(tmp_path, "jpeg", Damaged({1, 3}, long=4), workers=workers)
+    first, second, third = str(caught.value).splitlines()
+    assert first == "sample 1 cannot be packed: OSError: picture 1 is truncated"
+    assert second == "sample 3 cannot be packed: OSError: picture 3 is truncated"
+    assert third.startswith("sample 4 cannot be packed: OSError: ")
+    with pytest.raises(FileNotFoundError, match="it was not packed to its end"):
+        Packed(str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_bad_samples_are_taken_the_others_keep_order_and_targets(tmp_path, workers):
+    told, seen = [], []
+    packer = distill_packers()["raw"](size=32, quality=90, workers=workers)
+    dataset = Damaged({0, 3}, targets=(5, 6, 7, 8, 9))
+    packer(dataset, tmp_path, {}, seen.append, told.append)
+    reasons = {n: f"sample {n} cannot be packed: OSError: picture {n} is truncated" for n in (0, 3)}
+    assert (told, seen) == ([reasons], [1, 2, 3, 4, 5])
+    packed = Packed(str(tmp_path))
+    assert (len(packed), packed.classes, labels(packed)) == (3, ["a", "b"], [6, 7, 9])
+    for index, original in enumerate((1, 2, 4)):
+        assert torch.equal(packed[index][0], v2.ToImage()(expected(original)))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["images"] == 3
+    assert meta["skipped"] == {str(index): why for index, why in reasons.items()}
+
+
+def test_a_data_set_without_a_sample_to_pack_is_refused(tmp_path):
+    packer = distill_packers()["raw"](size=32, quality=90, workers=0)
+    with pytest.raises(DataError, match="there is no sample to pack"):
+        packer(Damaged(range(5)), tmp_path, {}, on_bad=lambda bad: None)
+    assert not (tmp_path / "meta.json").exists()
+
+
+def test_samples_of_another_kind_end_packing_at_once_and_are_not_left_out(tmp_path):
+    packer = distill_packers()["raw"](size=32, quality=90, workers=0)
+    fine = Sample(expected(0), 0)
+    for odd, message in (
+        (Sample(torch.zeros(3, 2, 2), 0), "TypeError: images must be PIL images or uint8"),
+        (Sample(expected(1), 0, extras={"path": "a"}), "TypeError: it has more than a"),
+    ):
+        seen = []
+        with pytest.raises(DataError, match=f"^sample 1 cannot be packed: {message}"):
+            packer([fine, odd, fine], tmp_path, {}, seen.append, lambda bad: None)
+        assert seen == [1]
+
+
 def test_loader_workers_read_what_this_process_reads(tmp_path):
     pack(tmp_path)
     packed = Packed(str(tmp_path))

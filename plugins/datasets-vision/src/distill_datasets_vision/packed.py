@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ ARRAYS = {"offsets": np.int64, "shapes": np.int32, "checks": np.uint64}
 KIND, VERSION = "distill packed images", 1
 CHANNELS = {1: "L", 3: "RGB"}
 Progress = Callable[[int], None]
+OnBad = Callable[[Mapping[int, str]], None]
 TO_PICTURE: Callable[[torch.Tensor], PILImage.Image] = vars(functional)["to_pil_image"]
 
 
@@ -99,6 +101,10 @@ class Packed(Dataset[Any]):
         return Image(torch.from_numpy(data).view(*self._shapes[index].tolist()).permute(2, 0, 1))
 
 
+def _refuse(bad: Mapping[int, str]) -> None:
+    raise DataError("\n".join(bad.values()))
+
+
 @dataclass(frozen=True)
 class Packer:
     """Writes a data set of images to a folder that ``Packed`` reads.
@@ -127,6 +133,7 @@ class Packer:
         folder: Path,
         source: Mapping[str, Any],
         progress: Progress = lambda done: None,
+        on_bad: OnBad = _refuse,
     ) -> str:
         """Write all items, ``Sample`` or ``(image, target)``, in their order.
 
@@ -134,36 +141,25 @@ class Packer:
             dataset: images are PIL images or tensors, uint8 (C, H, W).
             folder: a new or empty one, or one in which packing has not come to its end.
             source: what it is made from, for people who read ``meta.json``.
-            progress: told how many images there are, as they come.
+            progress: told how many samples have been gone through, as they come.
+            on_bad: told once, after the last sample, which ones cannot be packed and why, by index.
+                They are left out; what it raises leaves the folder unfinished.
 
         Returns:
             What a file writes to read it.
 
         Raises:
-            DataError: if an item cannot be read or is of another kind.
+            DataError: if there are bad samples and no ``on_bad``, or none that can be packed; at
+                once, if one is of a kind that is not packed.
             FileExistsError: if there is something else in the folder.
         """
         _refuse_unless_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        offsets: list[int] = [0]
-        shapes: list[tuple[int, int, int]] = []
-        checks: list[int] = []
-        targets: list[Any] = []
-        with (folder / IMAGES).open("wb") as file:
-            for number, packed in enumerate(self._encoded(dataset)):
-                file.write(packed.data)
-                offsets.append(offsets[-1] + len(packed.data))
-                shapes.append(packed.shape)
-                checks.append(xxhash.xxh3_64_intdigest(packed.data))
-                targets.append(packed.target)
-                progress(number + 1)
-        arrays: dict[str, np.ndarray] = {
-            "offsets": np.array(offsets, np.int64),
-            "shapes": np.array(shapes, np.int32),
-            "checks": np.array(checks, np.uint64),
-        }
-        if any(target is not None for target in targets):
-            arrays["targets"] = _stacked(targets)
+        images = self._write_images(dataset, folder / IMAGES, progress)
+        if images.bad:
+            on_bad(images.bad)
+        if not images.shapes:
+            raise DataError("there is no sample to pack")
         classes = getattr(dataset, "classes", None)
         meta = {
             "kind": KIND,
@@ -171,18 +167,31 @@ class Packer:
             "encoding": self.encoding,
             "size": self.size,
             "quality": self.quality if self.encoding == "jpeg" else None,
-            "images": len(checks),
-            "bytes": offsets[-1],
+            "images": len(images.shapes),
+            "bytes": images.offsets[-1],
+            "skipped": images.bad,
             "classes": list(classes) if classes is not None else None,
             "source": source,
-            "checks": {name: _save(folder, name, array) for name, array in arrays.items()},
+            "checks": {name: _save(folder, name, each) for name, each in images.arrays().items()},
         }
         written = folder / f"{META}.new"
         written.write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
         os.replace(written, folder / META)
-        return f"{{type: Packed, params: {{root: {folder}}}}}"
+        return f"{{type: Packed, params: {{root: {_yaml(str(folder))}}}}}"
 
-    def _encoded(self, dataset: Any) -> Iterator[_Entry]:
+    def _write_images(self, dataset: Any, file: Path, progress: Progress) -> _Images:
+        images = _Images()
+        with file.open("wb") as stream:
+            for index, entry in enumerate(self._encoded(dataset)):
+                if isinstance(entry, _Bad):
+                    images.bad[index] = entry.why
+                else:
+                    stream.write(entry.data)
+                    images.add(entry)
+                progress(index + 1)
+        return images
+
+    def _encoded(self, dataset: Any) -> Iterator[_Entry | _Bad]:
         loader = DataLoader(
             _Encoding(dataset, self),
             batch_size=None,
@@ -203,8 +212,46 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class _Encoding(Dataset["_Entry | str"]):
-    """Images as they are packed, or why one cannot be, which a worker cannot raise as it is."""
+class _Bad:
+    """In place of a sample that cannot be packed, though others may."""
+
+    why: str
+
+
+@dataclass
+class _Images:
+    """What is known of the images in the file, one behind the other, and of those left out."""
+
+    offsets: list[int] = field(default_factory=lambda: [0])
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def add(self, entry: _Entry) -> None:
+        self.offsets.append(self.offsets[-1] + len(entry.data))
+        self.shapes.append(entry.shape)
+        self.checks.append(xxhash.xxh3_64_intdigest(entry.data))
+        self.targets.append(entry.target)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {
+            "offsets": np.array(self.offsets, np.int64),
+            "shapes": np.array(self.shapes, np.int32),
+            "checks": np.array(self.checks, np.uint64),
+        }
+        if any(target is not None for target in self.targets):
+            arrays["targets"] = _stacked(self.targets)
+        return arrays
+
+
+class _OtherKindError(TypeError):
+    """A sample can be read, and no data set with its like can be packed."""
+
+
+@dataclass(frozen=True)
+class _Encoding(Dataset["_Entry | _Bad | str"]):
+    """Images as they are packed; a text, which a worker cannot raise as it is, ends packing."""
 
     dataset: Any
     packer: Packer
@@ -212,17 +259,21 @@ class _Encoding(Dataset["_Entry | str"]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> _Entry | str:
+    def __getitem__(self, index: int) -> _Entry | _Bad | str:
         try:
             item = self.dataset[index]
-            sample = item if isinstance(item, Sample) else Sample(item[0], item[1])
-            if sample.extras:
-                raise ValueError(f"it has more than a target: {', '.join(sample.extras)}")
-            image = _resized(_picture(sample.input), self.packer.size)
+            return self._entry(item if isinstance(item, Sample) else Sample(item[0], item[1]))
         except DataError as error:
-            return str(error)
-        except Exception as error:  # the data set's
-            return f"sample {index} cannot be packed: {type(error).__name__}: {error}"
+            return _Bad(str(error))
+        except _OtherKindError as error:
+            return f"sample {index} cannot be packed: TypeError: {error}"
+        except Exception as error:  # the data set's, or of a file that is read only now
+            return _Bad(f"sample {index} cannot be packed: {type(error).__name__}: {error}")
+
+    def _entry(self, sample: Sample) -> _Entry:
+        if sample.extras:
+            raise _OtherKindError(f"it has more than a target: {', '.join(sample.extras)}")
+        image = _resized(_picture(sample.input), self.packer.size)
         shape = (image.height, image.width, len(image.getbands()))
         if self.packer.encoding == "raw":
             return _Entry(image.tobytes(), shape, sample.target)
@@ -235,13 +286,13 @@ def _picture(value: Any) -> PILImage.Image:
     """Return an image in RGB or grey."""
     if isinstance(value, torch.Tensor):
         if value.dtype != torch.uint8 or value.ndim != 3 or len(value) not in CHANNELS:
-            raise TypeError(
+            raise _OtherKindError(
                 "images must be PIL images or uint8 (1 or 3, H, W), this is "
                 f"{value.dtype} {tuple(value.shape)}"
             )
         value = TO_PICTURE(value)
     if not isinstance(value, PILImage.Image):
-        raise TypeError(f"its input is no image but {type(value).__name__}")
+        raise _OtherKindError(f"its input is no image but {type(value).__name__}")
     return value if value.mode in CHANNELS.values() else value.convert("RGB")
 
 
@@ -274,6 +325,15 @@ def _save(folder: Path, name: str, array: np.ndarray) -> str:
     file = folder / f"{name}.npy"
     np.save(file, array, allow_pickle=False)
     return xxhash.xxh3_64_hexdigest(file.read_bytes())
+
+
+def _yaml(path: str) -> str:
+    """Return a path as a file writes it, in quotes unless it can be read as nothing else.
+
+    Without a slash it may be, as ``1e3`` and ``null``.
+    """
+    is_plain = re.fullmatch(r"[\w.-]*/[\w./-]*", path)
+    return path if is_plain else json.dumps(path, ensure_ascii=False)
 
 
 def _refuse_unless_free(folder: Path) -> None:
