@@ -150,10 +150,15 @@ def compare_losses(options: argparse.Namespace) -> None:
     for bank in OPTIONS:
         cells = [cell for runs in found.values() for cell in _cells(bank, runs)]
         print(f"| {bank} | {' | '.join(cells)} |")
-    least = _span([run[FLOOR] * 1e3 for runs in found.values() for run in runs], "", 1)
+    every = [run for runs in found.values() for run in runs]
+    least = _span([run[FLOOR] * 1e3 for run in every], "", 1)
+    single, half = "float32", "bfloat16"
+    of_single = _span([run[single] / run[FLOOR] for run in every], "", 1)
+    of_half = _span([run[half] / run[FLOOR] * 2 for run in every], "", 1)
     print(
         f"\n{SIZES[0]:,} samples, batches of {options.batch_size}; each span is of {options.runs} "
-        f"processes. To move as many bytes as all negatives have takes {least} ms."
+        f"processes. To move as many bytes as all negatives have takes {least} ms, half of it in "
+        f"{half}; the loss takes {of_single} times as long with {single}, {of_half} with {half}."
     )
 
 

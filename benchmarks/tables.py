@@ -55,6 +55,8 @@ TABLES = {
     "banks": Table(["contrast.py", "--only", "sizes"]),
     "crd-steps": Table(["contrast_steps.py"]),
     "relations": Table(["relations.py", *RELATIONS], threads=1),
+    "relation-steps": Table(["relations.py", "--only", "steps", "--turns", "5"], threads=1),
+    "sskd-step": Table(["relations.py", "--only", "sskd", "--turns", "25"]),
     "vocabulary": Table(
         ["vocabulary.py"], threads=1, bare=True, left_out=["beyond, of one side's logits"]
     ),

@@ -28,7 +28,8 @@ class Classes(nn.Module):
     P, and are met from a start on at equal distances, where start and distance are drawn. Its
     negatives are the first ``count`` of other classes. So none comes twice, each is a negative with
     the same probability, and each pair with that of a draw without replacement. (To reject some of
-    them makes pairs of those that are left differ by about 1 / N.)
+    them makes those that are left differ: single ones by a percent or two of their probability and
+    pairs by a fifth with 8 of 60, by 0.1 % and 2 % with 60 of 307.)
 
     Args:
         labels: of the samples, int64 (N); one with a negative label is a class of its own.
