@@ -283,7 +283,7 @@ def views(turns: int, samples: int, crop: int) -> None:
         dataset = {"type": "Photos", "params": {"folder": str(photos)}, "transforms": transforms}
         alone = side(described(None, {"batch_size": 32}, dataset), Path(folder, "alone"), stack)
         data = {"batch_size": 32, "views": 4, "views_at_once": 4}
-        role = {"store": {"encoding": "top_k"}}
+        role = {"store": {"encoding": "top_k", "temperature": TEMPERATURE}}
         one = side(described("resnet18", data, dataset, **role), Path(folder, "one"), stack)
         one.epoch()
         plain, stored = in_turns([alone.epoch, one.epoch], turns, CPU)

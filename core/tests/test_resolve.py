@@ -337,6 +337,10 @@ def test_a_module_that_feeds_itself_is_a_circle():
             "metrics: [m, m]\nbest_by: m",
             "metrics[1]: two metrics are called 'm'; give one a 'name'",
         ),
+        (
+            "teacher: {model: big, fast: {fold: true}}",
+            "fast.fold: unknown key 'fold' (known: fold_",
+        ),
         ("compile: [tacher]", "has no model in the role 'tacher'; did you mean teacher?"),
     ],
 )

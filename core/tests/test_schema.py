@@ -23,6 +23,11 @@ WRONG = [
     ),
     ("transforms: [{type: Scale, params: {factor: 0.5}}]", "transforms: [3]", "a mapping or text"),
     ("{model: wide, mode: eval}", "wide", "expected a mapping or null, got the text 'wide'"),
+    (
+        "mode: eval",
+        "store: int8",
+        "expected true or false or null or a mapping of encoding, top, temperature, got the text",
+    ),
     ("mode: eval", "min_accuracy: 95", "min_accuracy: must be at most 1, got the number 95"),
     ("freeze: [student.head]", "freeze: student.head", "expected a list or null, got the text"),
     ("ce: {type: CrossEntropyLoss}", "{}", "stages.teach.criterion: is empty"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from distill.cli import main
 from distill.config.load import load
 from distill.errors import StorageError
 from distill.store.folder import remove, verify
+from distill.store.measured import MEASURED, note_measured
 from distill.store.rows import META, Rows, create, open_rows
 from distill.store.use import is_held, kept_to_itself
 from distill.store_building import build_stores
@@ -294,6 +296,16 @@ def test_damage_in_a_store_that_may_only_be_read_is_counted_and_stays(stores, mo
     assert verify(stores / "b") == (2, 1)
 
 
+def test_a_measurement_that_is_not_what_was_written_is_damage_too(stores):
+    note_measured(stores / "b", "key", {"accuracy": 0.4375})
+    assert command("verify", "b") == (0, "b: 0 rows, all sound\n")
+    file = stores / "b" / MEASURED
+    file.write_text(file.read_text().replace("0.4375", "0.9375"))
+    why = "measured.json is damaged, and the teacher is to be measured anew"
+    assert command("verify", "b") == (5, f"b: 0 rows, all sound; {why}\n")
+    assert command("verify", "b") == (0, "b: 0 rows, all sound\n")
+
+
 def test_a_build_says_first_what_it_makes_and_last_what_is_there(tmp_path):
     said = built(tmp_path)
     (folder,) = (tmp_path / "stores").iterdir()
@@ -303,6 +315,8 @@ def test_a_build_says_first_what_it_makes_and_last_what_is_there(tmp_path):
         f"{nbytes / 1000:.1f} kB, in {folder}",
         "  no row is there yet",
     ]
+    assert re.fullmatch(r"  measuring on val .*", said[2])
+    assert re.fullmatch(r"  teacher: accuracy 0\.\d{4}", said[3])
     assert said[-1] == "  teacher: 40 of 40 rows are there"
 
 

@@ -151,6 +151,28 @@ def test_what_an_encoding_does_not_hold_is_noticed(encoding, value, lost):
     assert form.lost(values, rows).item() is lost
 
 
+@pytest.mark.parametrize(
+    ("encoding", "row", "lost"),
+    [
+        ("float16", [1.0, -math.inf, 7e4, 0.0], True),
+        ("float16", [1.0, -math.inf, math.nan, 0.0], False),
+        ("top_k", [1.0, -math.inf, 7e4, 0.0], True),
+        ("top_k", [-math.inf, -math.inf, -7e4, -8e4], True),
+        ("top_k", [3.0, -8e4, -math.inf, 2.0], True),
+        ("top_k", [3.0, 2.0, -math.inf, -math.inf], False),
+        ("top_k", [3.0, 2.0, -8e4, 1.0], False),
+        ("top_k", [math.inf, math.inf, math.inf, 1.0], False),
+    ],
+)
+def test_a_finite_value_that_is_not_kept_is_noticed_beside_what_is_infinite_itself(
+    encoding, row, lost
+):
+    values = {"teacher": torch.tensor([row, [0.0, 1.0, 2.0, -math.inf]])}
+    store = Store(encoding, top=2)
+    form = form_of(values, [Address("teacher", "teacher")], "teacher", 2, store)
+    assert form.lost(values, form.encode(values, 2)).item() is lost
+
+
 def test_what_is_infinite_itself_is_kept():
     values = {"teacher": torch.tensor([[1.0, -math.inf]])}
     form = form_of(values, [Address("teacher", "teacher")], "teacher", 1, Store())

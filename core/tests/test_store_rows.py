@@ -1,6 +1,7 @@
 """Rows on disk: whatever happens to them, what is read is what was written, or nothing."""
 
 import json
+import math
 import random
 import shutil
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from distill.errors import StorageError
 from distill.store import rows as module
 from distill.store.folder import entries, garbage, verify
+from distill.store.measured import MEASURED, find_measured, forget_damaged, note_measured
 from distill.store.rows import META, create, is_sound, open_rows
 
 ROWS, WIDTH = 60, 34
@@ -189,6 +191,55 @@ def test_every_flipped_bit_of_the_description_is_found_and_a_new_store_is_made(t
     create(tmp_path / "s", {}, ROWS, WIDTH)
     assert open_rows(tmp_path / "s").filled == 0
     assert len([path for path in tmp_path.iterdir() if path.name.endswith(".damaged")]) == 1
+
+
+NUMBERS = {"accuracy": 0.4375, "loss": math.nan, "part.accuracy": 1 / 3}
+
+
+def test_what_a_teacher_was_measured_as_is_found_by_what_it_was_measured_on(tmp_path):
+    assert find_measured(tmp_path, "a") is None
+    note_measured(tmp_path, "a", {"accuracy": 0.5})
+    note_measured(tmp_path, "b", {"accuracy": 1 / 3})
+    note_measured(tmp_path, "a", {"accuracy": 0.25})
+    assert find_measured(tmp_path, "a") == {"accuracy": 0.25}
+    assert find_measured(tmp_path, "b") == {"accuracy": 1 / 3}
+    assert find_measured(tmp_path, "c") is None
+    assert [file.name for file in tmp_path.iterdir()] == [MEASURED]
+
+
+def test_every_flipped_bit_of_what_a_teacher_was_measured_as_is_found(tmp_path):
+    note_measured(tmp_path, "key", NUMBERS)
+    file = tmp_path / MEASURED
+    whole, before = file.read_bytes(), repr(find_measured(tmp_path, "key"))
+    for at in range(len(whole)):
+        for bit in range(8):
+            flipped = whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :]
+            file.write_bytes(flipped)
+            assert repr(find_measured(tmp_path, "key")) in (before, "None")
+            is_same = repr(_read(flipped)) == repr(_read(whole))
+            assert (find_measured(tmp_path, "key") is None) != is_same
+
+
+def test_what_a_teacher_was_measured_as_cut_short_anywhere_is_as_if_it_were_not_there(tmp_path):
+    note_measured(tmp_path, "key", NUMBERS)
+    file = tmp_path / MEASURED
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        assert find_measured(tmp_path, "key") is None
+    note_measured(tmp_path, "other", NUMBERS)
+    assert find_measured(tmp_path, "key") is None
+    assert repr(find_measured(tmp_path, "other")) == repr(NUMBERS)
+
+
+def test_verifying_forgets_what_a_teacher_was_measured_as_if_it_is_damaged(tmp_path):
+    assert not forget_damaged(tmp_path)
+    note_measured(tmp_path, "key", NUMBERS)
+    assert not forget_damaged(tmp_path)
+    (tmp_path / MEASURED).write_text('{"key": {"accuracy": 0.9}}')
+    assert forget_damaged(tmp_path)
+    assert not forget_damaged(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _read(content):

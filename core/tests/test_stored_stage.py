@@ -11,16 +11,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
 
 import distill
 from distill import ConfigError, Observer
 from distill.cli import main
+from distill.config.load import draft
+from distill.config.yaml_document import read
 from distill.data.batch import collate
 from distill.errors import DataError
 from distill.forked import Forked
 from distill.store.folder import remove
 from distill.store.rows import open_rows
 from distill.testing import ToyData, ToyMLP, run_processes, toy_experiment, toy_registry
+from distill.training.check import check as find_faults
 
 SCRIPT = Path(__file__).with_name("stored_run.py")
 EXACT = {"encoding": "float32"}
@@ -70,6 +75,19 @@ class Listed(ToyData):
             self.inputs[changed] += 1e-6
 
 
+class Told(ToyData):
+    """Data whose labels change between the samples looked at, with nothing in the file to tell."""
+
+    looked_at = frozenset(numpy.linspace(0, 639, 64, dtype=int).tolist())
+    is_changed = False
+
+    def __init__(self):
+        super().__init__(640, seed=1)
+        if self.is_changed:
+            labels = enumerate(self.labels)
+            self.labels = [n if i in self.looked_at else (n + 1) % 3 for i, n in labels]
+
+
 class Teacher(ToyMLP):
     """Counts its forwards of more than the samples that are looked at before training."""
 
@@ -100,6 +118,24 @@ class Parts(ToyMLP):
         return {"logits": super().forward(inputs), "other": [inputs]}
 
 
+class Soft(nn.Module):
+    """KD's soft term."""
+
+    def __init__(self, temperature: float = 4.0):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student, teacher):
+        sides = student / self.temperature, teacher / self.temperature
+        return F.kl_div(*(side.log_softmax(1) for side in sides), log_target=True)
+
+
+class Unlike(Soft):
+    """Has a temperature that is no number."""
+
+    temperature = property(lambda self: torch.tensor(9.0), lambda self, value: None)
+
+
 class Notes(Observer):
     """Keeps what the run says; ends it at an epoch."""
 
@@ -124,7 +160,8 @@ def registry(heard=None, **more):
         models=models,
         transforms={"Jitter": Jitter, "Shift": Shift},
         batch_transforms={"Mix": Mix},
-        datasets={"Listed": Listed},
+        losses={"Soft": Soft, "Unlike": Unlike},
+        datasets={"Listed": Listed, "Told": Told},
         observers={"Notes": lambda: heard or Notes()},
         collates={"mixing": mixing_collate},
         **more,
@@ -223,6 +260,37 @@ def test_a_teacher_that_is_stored_is_not_loaded(tmp_path):
         for n in heard.notes
     )
     assert heard.teachers[0]["teacher"].keys() == {"accuracy"}
+
+
+def measured(tmp_path, name, store=True, **more):
+    """Return what the teacher of a run reaches, and whether it was loaded for that."""
+    heard, Teacher.ran = Notes(), 0
+    run(described(tmp_path / name, store, teacher="Teacher", **more), heard=heard)
+    (teachers,) = heard.teachers
+    return teachers["teacher"]["accuracy"], Teacher.ran > 0
+
+
+def test_a_damaged_measurement_is_made_again_and_kept(tmp_path):
+    reached, _ = measured(tmp_path, "first")
+    file = stores(tmp_path)[0] / "measured.json"
+    text = file.read_text()
+    assert text.count(f'"accuracy": {reached}') == 1
+    file.write_text(text.replace(f'"accuracy": {reached}', f'"accuracy": {reached / 2}'))
+    assert measured(tmp_path, "second") == (reached, True)
+    assert json.loads(file.read_text()) == json.loads(text)
+    assert measured(tmp_path, "third") == (reached, False)
+
+
+def test_a_teacher_is_measured_again_where_labels_changed_beside_the_samples_looked_at(
+    tmp_path, monkeypatch
+):
+    keys = {"datasets": {"train": TRAIN, "val": {"type": "Told"}}, "seed": 3}
+    reached, _ = measured(tmp_path, "first", keys=keys)
+    assert measured(tmp_path, "second", keys=keys) == (reached, False)
+    monkeypatch.setattr(Told, "is_changed", True)
+    without, _ = measured(tmp_path, "plain", store=None, keys=keys)
+    assert without != reached
+    assert measured(tmp_path, "third", keys=keys) == (without, True)
 
 
 def test_a_run_that_is_over_holds_no_store(tmp_path, monkeypatch):
@@ -537,12 +605,13 @@ def test_a_store_is_built_listed_verified_and_removed(on_disk, tmp_path):
     assert distill_command("store", "ls")[1] == "no stores in stores\n"
 
 
-def test_building_needs_a_store_and_a_teacher_that_is_there(on_disk, tmp_path):
-    code, said = distill_command(
-        "store", "build", "toy.yaml", *on_disk, "-s", "stages.0.teacher.store=false"
-    )
+def test_building_needs_a_store_and_a_teacher_that_is_there(on_disk, monkeypatch):
+    command = ("store", "build", "toy.yaml", *on_disk, "-s", "stages.0.teacher.store=false")
+    code, said = distill_command(*command)
     assert code == 2
     assert "no teacher has the key 'store'" in said
+    monkeypatch.setenv("RANK", "1")  # of several processes one says it
+    assert distill_command(*command) == (2, "")
 
 
 def test_what_is_noted_of_a_store_is_plain_data(tmp_path):
@@ -574,6 +643,71 @@ def test_a_module_of_the_teacher_keeps_it_loaded(tmp_path):
 )
 def test_what_a_teachers_keys_say_in_vain_is_a_fault(tmp_path, role, message):
     assert message in fault(tmp_path, True, role=role)
+
+
+TOP = {"encoding": "top_k", "top": 2}
+SOFT = {"type": "Soft"}
+WARM = {"type": "Soft", "params": {"temperature": 2.0}}
+ON_FEATURES = {**WARM, "inputs": {"student": "student.body", "teacher": "teacher.body"}}
+
+
+@pytest.mark.parametrize(
+    ("store", "criterion", "message"),
+    [
+        (
+            TOP,
+            {"kd": SOFT, "match": MATCH},
+            "store.encoding: encoding top_k keeps the mass of the other classes at temperature "
+            "1.0, but a loss takes it at another: 'kd' at 4.0; write store: {encoding: top_k, "
+            "top: 2, temperature: 4.0}, or encoding: float16",
+        ),
+        (
+            {**TOP, "temperature": 3},
+            {"kd": WARM},
+            "store.temperature: encoding top_k keeps the mass of the other classes at temperature "
+            "3, but a loss takes it at another: 'kd' at 2.0; write store: {encoding: top_k, "
+            "top: 2, temperature: 2.0}, or encoding: float16",
+        ),
+        (
+            {**TOP, "temperature": 4},
+            {"kd": SOFT, "warm": WARM},
+            "takes it at another: 'kd' at 4.0, 'warm' at 2.0; write encoding: float16",
+        ),
+    ],
+    ids=["none written", "another", "several"],
+)
+def test_top_k_at_another_temperature_than_a_loss_is_refused_at_its_place(
+    tmp_path, store, criterion, message
+):
+    said = fault(tmp_path, store, criterion=criterion)
+    assert said.count("keeps the mass") == 1
+    assert "stages.stage0.teacher.store" in said
+    assert message in said
+    assert not (tmp_path / "stores").exists()
+
+
+@pytest.mark.parametrize(
+    ("store", "criterion"),
+    [
+        ({**TOP, "temperature": 4}, {"kd": SOFT, "match": MATCH, "hint": ON_FEATURES}),
+        (TOP, {"kd": {"type": "Unlike"}}),
+        ({"encoding": "float16"}, {"kd": SOFT}),
+    ],
+    ids=["the same", "no number", "float16"],
+)
+def test_only_numbers_of_losses_that_take_the_logits_have_to_be_the_temperature_of_top_k(
+    tmp_path, store, criterion
+):
+    distill.check(described(tmp_path / "first", store, criterion=criterion), registry())
+
+
+def test_of_a_temperature_that_cannot_be_nothing_more_is_told(tmp_path):
+    described(tmp_path / "first", {**TOP, "temperature": 4}, criterion={"kd": SOFT})
+    file = tmp_path / "first" / "toy.yaml"
+    file.write_text(file.read_text().replace("temperature: 4", "temperature: -4"))
+    experiment, told = draft(read(file))
+    assert len(told) == 1
+    assert find_faults(experiment, registry()) == []
 
 
 def test_a_damaged_store_is_begun_again_and_told(tmp_path, capfd):

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from distill.errors import ConfigError, DistillError, NumericalError, PluginError
+from distill.errors import ConfigError, DistillError, NumericalError, PluginError, UsageError
 
 BUG = 70
 RESUMABLE = 75
-FOUND_BY_ALL = (ConfigError, NumericalError, PluginError)
+FOUND_BY_ALL = (ConfigError, NumericalError, PluginError, UsageError)
 
 
 class Group(click.Group):

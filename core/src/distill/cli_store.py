@@ -238,14 +238,15 @@ def _short(text: str) -> str:
 @click.argument("names", metavar="[STORE]...", nargs=-1)
 @stores_option
 def verify(names: Sequence[str], stores: Path) -> None:
-    """Look at every row of stores for damage.
+    """Look at every row of stores, and at how good teachers were found to be, for damage.
 
     STORE is a name as `distill store ls` prints it, or the beginning of one; without any, all are
-    looked at. Damaged rows are computed anew when they are asked for. Exits with 5 if there are
-    any, or stores that cannot be used.
+    looked at. Damaged rows are computed anew when they are asked for, and so is how good a teacher
+    is. Exits with 5 if anything is damaged, or stores cannot be used.
     """
     from distill.store.folder import entries
     from distill.store.folder import verify as verify_store
+    from distill.store.measured import MEASURED, forget_damaged
 
     found = entries(stores)
     there = [entry for entry in found if entry.state != "no store"]
@@ -261,8 +262,11 @@ def verify(names: Sequence[str], stores: Path) -> None:
             is_damaged = True
             continue
         state = f"{damaged:,} damaged, to be computed anew" if damaged else "all sound"
+        is_unmeasured = forget_damaged(entry.folder)
+        if is_unmeasured:
+            state += f"; {MEASURED} is damaged, and the teacher is to be measured anew"
         click.echo(f"{entry.name}: {filled:,} row{'' if filled == 1 else 's'}, {state}")
-        is_damaged |= bool(damaged)
+        is_damaged |= bool(damaged) or is_unmeasured
     if not names:
         _tell_others([entry.name for entry in found if entry.state == "no store"])
     if is_damaged:

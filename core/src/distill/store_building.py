@@ -112,7 +112,10 @@ def _build(run: SeedRun, stage: Stage, say: Say) -> None:
         assert distiller is not None
         _tell_stores(run, stage, prepared, distiller, say)
         roles = prepared.assembly.roles
-        Measuring(run, stage, roles, stores=prepared.stores).teachers()
+        measured = Measuring(run, stage, roles, stores=prepared.stores).teachers()
+        for role, numbers in measured.items():
+            if numbers:
+                say(f"  {role}: {', '.join(f'{name} {n:.4f}' for name, n in numbers.items())}")
         source = keep_data(run, stage)
         views = stage.data.views or 1
         plan = prepared.plan if stage.data.batch_transforms else _all(prepared.plan)

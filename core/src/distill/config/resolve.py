@@ -230,9 +230,10 @@ def _check_without_effect(resolver: Resolver, given: Mapping[str, Any], path: Pa
     if isinstance(kept, Mapping) and is_known and kept.get("encoding") != "top_k":
         for key in {"top", "temperature"} & kept.keys():
             resolver.fault((*path, "store", key), "is for encoding: top_k, which is not asked for")
-    if fast_parts == {}:
+    place = (*path, "fast")
+    if fast_parts == {} and not any(gap[:-1] == place for gap in resolver.gaps.paths):
         message = "names nothing to do; write true, or parts such as {precision: bf16}"
-        resolver.fault((*path, "fast"), message)
+        resolver.fault(place, message)
 
 
 def _check_roles(

@@ -44,6 +44,8 @@ def _or_null(schema: Schema) -> Schema:
 
 TEXT: Schema = {"type": "string", "minLength": 1}
 FLAG: Schema = {"type": "boolean"}
+SWITCH = ["boolean", "null", "object"]
+"""The types of what is on, off, or on in another way than usual."""
 COUNT: Schema = {"type": "integer", "minimum": 1}
 SEED: Schema = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 NAMED: Schema = {"type": "string", "pattern": f"^{NAME}$"}
@@ -75,7 +77,7 @@ MODEL = _mapping(
 )
 STORE: Schema = {
     **_mapping({"encoding": {"enum": [*ENCODINGS]}, "top": COUNT, "temperature": POSITIVE}),
-    "type": ["boolean", "object", "null"],
+    "type": SWITCH,
 }
 DEVICE: Schema = {"type": "string", "pattern": r"^(auto|cpu|cuda(:\d+)?|mps)$"}
 PRECISION: Schema = {"enum": ["fp32", "bf16", "fp16"]}
@@ -89,7 +91,7 @@ FAST: Schema = {
             "device": DEVICE,
         }
     ),
-    "type": ["boolean", "object", "null"],
+    "type": SWITCH,
 }
 TEACHER = _mapping(
     {
@@ -295,7 +297,10 @@ def _wrong_value(error: jsonschema.ValidationError) -> str:
     limit, got = error.validator_value, show(error.instance)
     if error.validator == "type":
         kinds = [limit] if isinstance(limit, str) else limit
-        return f"expected {' or '.join(_KINDS[kind] for kind in kinds)}, got {got}"
+        expected = " or ".join(_KINDS[kind] for kind in kinds)
+        if kinds == SWITCH:
+            expected += f" of {', '.join(_schema_of(error)['properties'])}"
+        return f"expected {expected}, got {got}"
     if error.validator == "enum":
         words = [word for word in limit if word is not None]
         nearest = did_you_mean(str(error.instance), words)

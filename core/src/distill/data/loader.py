@@ -125,9 +125,10 @@ def sample_batch(
     on_bad_sample: Literal["raise", "skip"] = "raise",
     *,
     views: bool = False,
+    first: int = 0,
 ) -> Batch:
-    """Return the first ``size`` samples, or as many as there are; of fixed views the first."""
-    keys = [(index, 0) for index in range(min(size, len(source)))]
+    """Return ``size`` samples from one on, or as many as there are; of fixed views the first."""
+    keys = [(index, 0) for index in range(first, min(first + size, len(source)))]
     loading = Loading(on_bad_sample=on_bad_sample)
     return next(_batches(source, [keys], loading, EpochReading(seed, 0, views)))
 

@@ -175,16 +175,24 @@ def is_lost(form: Layout, tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor
     """
     lost, offset = torch.zeros((), dtype=torch.bool, device=rows.device), 0
     for field in form.fields:
-        if field.kept in ("float16", "top_k", "int8"):
-            are_finite = tensors[field.name].isfinite().all()
-            part = rows[:, offset : offset + field.width]
-            if field.kept == "int8":
-                lost = lost | ~are_finite
-            else:
-                halves = part if field.kept == "float16" else part[:, -2 * (field.top + 1) :]
-                lost = lost | (are_finite & ~_as(halves, torch.half).isfinite().all())
+        part = rows[:, offset : offset + field.width]
+        values = tensors[field.name].detach().reshape(len(rows), -1)
+        if field.kept == "int8":
+            lost = lost | ~values.isfinite().all()
+        elif field.kept == "float16":
+            lost = lost | _overflow(values, part)
+        elif field.kept == "top_k":
+            index, halves = _parts_of_top(field, part)
+            # The mass of the others is finite wherever the largest of them is.
+            others = values.scatter(1, index, -math.inf).amax(1, keepdim=True)
+            lost = lost | _overflow(torch.cat([values.gather(1, index), others], 1), halves)
         offset += field.width
     return lost
+
+
+def _overflow(values: Tensor, halves: Tensor) -> Tensor:
+    """Return whether any finite value is no finite half, as a bool."""
+    return (values.isfinite() & ~_as(halves, torch.half).isfinite()).any()
 
 
 def decode(form: Layout, rows: Tensor) -> dict[str, Tensor]:
@@ -214,14 +222,17 @@ def _decoded(field: Field, part: Tensor) -> Tensor:
 
 
 def _from_top(field: Field, part: Tensor) -> Tensor:
-    classes = field.shape[-1]
-    short = classes <= MOST_SHORT
+    index, halves = _parts_of_top(field, part)
+    logits = _as(halves, torch.half).float()
+    return logits[:, -1:].expand(-1, field.shape[-1]).scatter(1, index, logits[:, :-1])
+
+
+def _parts_of_top(field: Field, part: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the classes kept, and the bytes of their logits and of the rest."""
+    short = field.shape[-1] <= MOST_SHORT
     at = field.top * (2 if short else 4)
     index = _as(part[:, :at], torch.int16 if short else torch.int32).long()
-    index = index.where(index >= 0, index + MOST_SHORT)
-    top = _as(part[:, at:-2], torch.half).float()
-    rest = _as(part[:, -2:], torch.half).float()
-    return rest.expand(-1, classes).scatter(1, index, top)
+    return index.where(index >= 0, index + MOST_SHORT), part[:, at:]
 
 
 def _as(part: Tensor, dtype: torch.dtype) -> Tensor:

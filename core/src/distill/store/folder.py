@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy
 
 from distill.errors import StorageError
+from distill.store.measured import MEASURED
 from distill.store.rows import META, OtherVersion, Rows, open_rows, read_meta
 from distill.store.use import is_held, kept_to_itself
 
@@ -156,7 +157,7 @@ def garbage(stores: Path, unused_days: float) -> list[Path]:
 
 def _is_store(folder: Path) -> bool:
     """Whether a folder holds nothing but what a store does."""
-    known = {"rows.bin", "checks.bin", META, "measured.json"}
+    known = {"rows.bin", "checks.bin", META, MEASURED}
     names = {file.name for file in _files(folder) if not file.name.startswith(".measured")}
     return bool(names) and names <= known
 

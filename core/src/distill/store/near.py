@@ -15,11 +15,14 @@ from distill.store.rows import META, read_meta
 WORDS = {
     "teacher.model": "another model or other parameters of it",
     "teacher.weights": "other weights of the teacher",
+    "teacher.buffers": "other buffers of the teacher",
     "teacher.redesign": "another redesign of the teacher",
     "teacher.special": "another special module",
     "teacher.fast": "another fast form of the teacher",
     "teacher.precision": "another precision",
+    "teacher.files": "other contents of a file that the model's parameters name",
     "teacher.code": "other code of the model",
+    "teacher.distill": "another version of distill",
     "asked": "other values asked of the teacher",
     "kept.encoding": "another encoding",
     "kept.top": "another top",
@@ -29,6 +32,7 @@ WORDS = {
     "data.joint_transforms": "other joint transforms",
     "data.transforms": "other transforms",
     "data.collate": "another collate function",
+    "data.files": "other contents of a file that transforms or the collate function name",
     "data.samples": "another number of samples",
     "data.in_memory": "another data.in_memory",
     "data.code": "other code of the data set or its transforms",
@@ -39,6 +43,7 @@ WORDS = {
     "mixed.drop_last": "another data.drop_last, on which mixed samples depend",
     "mixed.views_at_once": "another data.views_at_once, on which mixed samples depend",
     "mixed.device": "another device, on which samples are mixed",
+    "mixed.files": "other contents of a file that batch transforms name",
     "mixed.code": "other code of the batch transforms",
 }
 IMPLIED = {

@@ -32,7 +32,7 @@ CHECK = numpy.dtype([("fingerprint", "<u8"), ("check", "<u4")])
 """Twelve bytes a row."""
 META, ROWS, CHECKS = "meta.json", "rows.bin", "checks.bin"
 DIGEST = "sha256"
-"""What ``meta.json`` calls the hash over all else in it."""
+"""What ``meta.json`` calls the hash over all else in it, and ``measured.json`` too."""
 Bytes = NDArray[numpy.uint8]
 
 
@@ -167,7 +167,7 @@ def create(folder: Path, meta: Mapping[str, Any], rows: int, width: int) -> None
             _take_place(new / CHECKS, rows * CHECK.itemsize)
             full = {"format": FORMAT, **meta, "rows": rows, "width": width}
             full = json.loads(json.dumps(full, default=str))
-            (new / META).write_text(json.dumps({**full, DIGEST: _digest(full)}, indent=1))
+            (new / META).write_text(json.dumps({**full, DIGEST: digest_of(full)}, indent=1))
             new.chmod(0o755)
             if folder.exists():  # damaged beyond use; `distill store gc` removes it
                 folder.rename(new.with_name(f"{new.name}.damaged"))
@@ -238,7 +238,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} was written by another version of distill, whose stores have layout "
             f"{version} where this one's have {FORMAT}"
         )
-    if digest != _digest(meta):
+    if digest != digest_of(meta):
         raise StorageError(f"{folder} is damaged: its {META} is not what was written")
     return meta
 
@@ -252,7 +252,8 @@ def is_sound(folder: Path) -> bool:
     return True
 
 
-def _digest(meta: Mapping[str, Any]) -> str:
+def digest_of(meta: Mapping[str, Any]) -> str:
+    """Return the hash that is written under ``DIGEST`` beside all else in a JSON file."""
     text = json.dumps(meta, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -22,7 +22,7 @@ from distill.training.parameter_groups import parameter_groups
 from distill.training.parts import Parts, is_built
 from distill.training.split_gradients import terms_apart
 from distill.training.stage import Assembly, assemble
-from distill.training.teacher_store import check_encoding
+from distill.training.teacher_store import check_encoding, check_temperature
 
 META = torch.device("meta")
 T = TypeVar("T")
@@ -85,6 +85,8 @@ class _Checker:
                 for role, teacher in stage.teachers.items():
                     asked = assembly.distiller.addresses_of(role)
                     self._attempt(check_encoding, self.builder, teacher, role, asked)
+                    losses = assembly.distiller.criterion.calls
+                    self._attempt(check_temperature, self.builder, teacher, role, losses)
                     if any(address.value == role and not address.keys for address in asked):
                         self._stored_logits(teacher)
             self._selections(stage, assembly)

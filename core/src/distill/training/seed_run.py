@@ -182,11 +182,12 @@ class SeedRun:
         return batch if mixing is None else mixing(batch, 0, 0, device)
 
     def first_measured(
-        self, stage: Stage, source: Source, device: torch.device, size: int = 2
+        self, stage: Stage, source: Source, device: torch.device, size: int = 2, first: int = 0
     ) -> Batch:
-        """Return the first samples, usually two, as the stage's models are measured on them."""
+        """Return samples, the first two or others, as the stage's models are measured on them."""
         has_views = stage.data.views is not None and source.name == stage.data.train
-        batch = sample_batch(source, size, self.seed, stage.data.on_bad_sample, views=has_views)
+        skips = stage.data.on_bad_sample
+        batch = sample_batch(source, size, self.seed, skips, views=has_views, first=first)
         return batch.to(device, memory_format=memory_format(stage))
 
     def in_form(self, stage: Stage, models: Iterable[nn.Module]) -> AbstractContextManager[None]:

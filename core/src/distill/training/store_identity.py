@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import sys
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
@@ -26,10 +23,10 @@ from distill.errors import DataError
 from distill.model.wiring import Address
 from distill.store.near import parts
 from distill.training.build import Builder
+from distill.training.code_identity import code_of, hash_of_file, hash_of_files
 
-VERSIONED = ("torch", "torchvision", "numpy", "PIL")
-"""Packages whose code is known by their version."""
-OWN = "distill"
+COMPUTES = ("distill.model.adapter", "distill.model.fast", "distill.store.encoding")
+"""What of distill itself makes outputs into what is kept."""
 SEEN_OF = 64
 """So many samples tell whether a data set is the same in another place."""
 
@@ -55,20 +52,29 @@ def identity(
         model: it, or its like on the meta device.
         weights: their hash.
         source: the stage's training data.
-        seed: of the run, which batch transforms depend on.
+        seed: of the run, which batch transforms depend on, and buffers may.
         device: its type, on which they may draw.
     """
     teacher, data = stage.teachers[role], stage.data
+    built_from = _built_from(builder, teacher)
+    factories = [
+        builder.registry.find(kind, component.type).factory
+        for kind, components in built_from.items()
+        for component in components
+    ]
     described = builder.experiment.datasets[data.train]
     return {
         "teacher": {
             "model": _model(builder, teacher),
             "weights": weights,
+            "buffers": _unsaved(builder, teacher, model, seed),
             "redesign": _plain(teacher.redesign),
             "special": _plain(teacher.special),
             "fast": asdict(teacher.fast) if teacher.fast is not None else None,
             "precision": stage.precision,
-            "code": code_of([*_made_in(builder, teacher), *map(type, model.modules())]),
+            "files": _files(component for each in built_from.values() for component in each),
+            "code": code_of([*factories, *map(type, model.modules())]),
+            "distill": hash_of_files(COMPUTES),
         },
         "asked": sorted({json.dumps([address.value, *address.keys]) for address in addresses}),
         "kept": asdict(teacher.store) if teacher.store is not None else None,
@@ -118,6 +124,18 @@ def weights_of(state: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def _unsaved(builder: Builder, teacher: Teacher, model: nn.Module, seed: int) -> str:
+    """Return a hash over buffers that are in no state dict, empty where there are none.
+
+    As they are when the model is built, since it may not be loaded, and some change as it runs.
+    """
+    names = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    if not names:
+        return ""
+    built = builder.model(teacher.instance, seed)
+    return weights_of({name: each for name, each in built.named_buffers() if name in names})
+
+
 def weights_in(file: Path) -> str:
     """Return the same of a safetensors file."""
     return weights_of(safetensors.torch.load_file(file))
@@ -131,26 +149,29 @@ def _model(builder: Builder, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _made_in(builder: Builder, teacher: Teacher) -> list[Any]:
-    """Return what builds a teacher and what is put around it."""
+def _built_from(builder: Builder, teacher: Teacher) -> dict[str, list[Component]]:
+    """Return what builds a teacher and what is put around it, by kind."""
     described = builder.experiment.models[teacher.model]
-    made = [("models", described.component), ("model_redesigners", described.redesign)]
-    made += [("model_redesigners", teacher.redesign), ("special_modules", teacher.special)]
-    return [
-        builder.registry.find(kind, component.type).factory
-        for kind, component in made
-        if component is not None
-    ]
+    redesigners = [c for c in (described.redesign, teacher.redesign) if c is not None]
+    return {
+        "models": [described.component],
+        "model_redesigners": redesigners,
+        "special_modules": [teacher.special] if teacher.special is not None else [],
+    }
 
 
 def described_data(described: Dataset) -> dict[str, Any]:
-    """Return as plain data how the file describes a data set."""
+    """Return as plain data how the file describes a data set.
+
+    Files that it reads its samples from are left out: each sample has a fingerprint of its own.
+    """
     return {
         "component": _plain(described.component),
         "wrappers": [_plain(c) for c in described.wrappers],
         "joint_transforms": [_plain(c) for c in described.joint_transforms],
         "transforms": [_plain(c) for c in described.transforms],
         "collate": _plain(described.collate),
+        "files": _files([*described.joint_transforms, *described.transforms, described.collate]),
     }
 
 
@@ -161,6 +182,7 @@ def _mixed(builder: Builder, stage: Stage, seed: int, device: str) -> dict[str, 
         return None
     return {
         "batch_transforms": [_plain(c) for c in data.batch_transforms],
+        "files": _files(data.batch_transforms),
         "seed": seed,
         "batch_size": data.batch_size,
         "drop_last": data.drop_last,
@@ -176,6 +198,23 @@ def _plain(component: Component | None) -> Any:
     return None if component is None else [component.type, dict(component.params)]
 
 
+def _files(components: Iterable[Component | None]) -> dict[str, str]:
+    """Return hashes of the files that parameters of components name."""
+    params = [dict(component.params) for component in components if component is not None]
+    return {name: hash_of_file(Path(name)) for name in sorted(_named_files(params))}
+
+
+def _named_files(value: Any) -> set[str]:
+    if isinstance(value, Mapping):
+        return _named_files(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return {name for each in value for name in _named_files(each)}
+    try:
+        return {value} if isinstance(value, str) and Path(value).is_file() else set()
+    except (OSError, ValueError):  # too long for a name, or none
+        return set()
+
+
 def made_by(source: Source) -> list[Any]:
     """Return the classes and functions that a sample of a data set goes through."""
     made: list[Any] = [*source.transforms, *source.joint_transforms, source.collate]
@@ -187,54 +226,3 @@ def made_by(source: Source) -> list[Any]:
         if dataset is None:
             break
     return [thing if inspect.isfunction(thing) else type(thing) for thing in made]
-
-
-def code_of(things: Iterable[Any]) -> dict[str, str]:
-    """Return a version or a hash for all code that classes and functions come from.
-
-    Of a package it is that of all of its files, of distill itself that of the file alone.
-    """
-    bases = [base for thing in things for base in _bases(thing)]
-    modules = {name for base in bases if (name := getattr(base, "__module__", None))}
-    found: dict[str, str] = {}
-    for name in sorted(modules):
-        top = name.partition(".")[0]
-        if top in VERSIONED:
-            found[top] = str(getattr(sys.modules[top], "__version__", ""))
-        elif top not in sys.stdlib_module_names:
-            key = name if top == OWN else top
-            found[key] = _hash_of(key)
-    return found
-
-
-def _bases(thing: Any) -> Iterable[Any]:
-    return inspect.getmro(thing) if inspect.isclass(thing) else (thing,)
-
-
-def _hash_of(name: str) -> str:
-    """Return a hash over the files that a module, or all of a package, comes from.
-
-    Code that is in no file is never the same as before.
-    """
-    files = _files(sys.modules.get(name))
-    if not files:
-        return uuid.uuid4().hex
-    found = hashlib.sha256()
-    for path in files:
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()
-
-
-def _files(module: ModuleType | None) -> list[Path]:
-    """Return a package's files; of a module by itself also those that it may have imported."""
-    if module is None:
-        return []
-    is_own = module.__name__.partition(".")[0] == OWN
-    file = getattr(module, "__file__", None)
-    if not is_own and hasattr(module, "__path__"):
-        return sorted(path for folder in module.__path__ for path in Path(folder).rglob("*.py"))
-    if file is None or is_own:
-        return [] if file is None else [Path(file)]
-    folder = Path(file).parent
-    loaded = (getattr(other, "__file__", None) for other in [*sys.modules.values()])
-    return sorted({Path(path) for path in loaded if path and Path(path).parent == folder})

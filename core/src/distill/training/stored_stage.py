@@ -31,6 +31,7 @@ from distill.training.build import Builder
 from distill.training.fast_teachers import make_fast
 from distill.training.measured_before import measured_key
 from distill.training.metrics import compares_with
+from distill.training.mixed_samples import check_mixing
 from distill.training.note import Note
 from distill.training.parts import Parts
 from distill.training.repeated_inputs import check_repeats
@@ -44,9 +45,11 @@ from distill.training.store_identity import (
     weights_in,
     weights_of,
 )
-from distill.training.teacher_store import TeacherStore, check_encoding, first_of, names
+from distill.training.teacher_store import TeacherStore, check_encoding, each_of, names
 
 META = torch.device("meta")
+COMPANY = 8
+"""So many samples are looked at together and each alone, before a store is made."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
         return {}
     source = run.sources[stage.data.train]
     check_repeats(run.builder, stage, wanted[0], source)
+    check_mixing(run, stage, wanted[0], source)
     asked = _asked(run.builder, stage)
     for role in wanted:
         check_encoding(run.builder, stage.teachers[role], role, asked[role].addresses)
@@ -231,7 +235,7 @@ def put_into_use(
     own = [store.folder.name for store in stores.values()]
     for role, store in stores.items():
         if role in assembly.absent:
-            distiller.absent[role] = _late(run, assembly, role, batch)
+            distiller.absent[role] = _late(run, assembly, store, batch)
             continue
         near = ""
         if not distributed.from_main(store.is_there):
@@ -247,35 +251,51 @@ def _make(run: SeedRun, assembly: Assembly, store: TeacherStore, batch: Batch) -
         print(f"the store {store.folder} is damaged, and begun again", file=sys.stderr, flush=True)
     assert assembly.distiller is not None
     try:
-        store.make(assembly.distiller, batch, _alone(run, assembly.stage, batch))
+        store.make(assembly.distiller, batch, *_in_company(run, assembly.stage, batch))
     except DataError as error:
         fault = run.builder.experiment.fault((*store.teacher.path, "store"), str(error))
         raise DataError(str(fault)) from error
 
 
-def _alone(run: SeedRun, stage: Stage, batch: Batch) -> Batch:
-    """Return the first sample by itself, put into a batch anew unless it is mixed with another."""
+def _in_company(run: SeedRun, stage: Stage, batch: Batch) -> tuple[Batch, list[Batch]]:
+    """Return some samples in one batch, and each of them in one of its own.
+
+    They are put into batches anew, as some collate functions do what depends on all of a batch,
+    unless they are mixed with one another.
+    """
     if stage.data.batch_transforms:
-        return first_of(batch)
+        return batch, each_of(batch)
     source = run.sources[stage.data.train]
-    return run.first_measured(stage, source, batch.index.device, size=1)
+    count = min(COMPANY, stage.data.batch_size, len(source))
+    read = partial(run.first_measured, stage, source, batch.index.device)
+    return read(size=count), [read(size=1, first=number) for number in range(count)]
 
 
-def _late(run: SeedRun, assembly: Assembly, role: str, batch: Batch) -> Callable[[], None]:
+def _late(
+    run: SeedRun, assembly: Assembly, store: TeacherStore, batch: Batch
+) -> Callable[[], None]:
     """Return what loads a teacher in the middle of a stage.
 
     Args:
         run: of which the stage is.
         assembly: the stage.
-        role: of the teacher.
+        store: of the teacher.
         batch: two samples.
     """
+    role = store.role
 
     def load() -> None:
         stage, distiller = assembly.stage, assembly.distiller
         assert distiller is not None
         teacher = stage.teachers[role]
-        model = run.load(teacher.instance).to(run.device).requires_grad_(False).eval()
+        model = run.load(teacher.instance)
+        if weights_of(model.state_dict()) != store.known["teacher"]["weights"]:
+            message = (
+                f"the weights of '{teacher.model}' have changed since the stage began, so that "
+                "what is stored is not theirs; run again, or put back the checkpoint"
+            )
+            raise run.builder.experiment.error((*teacher.path, "store"), message)
+        model.to(run.device).requires_grad_(False).eval()
         if stage.channels_last:
             model.to(memory_format=torch.channels_last)
         special = special_module(run.builder, teacher, model)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,22 @@ from distill.data.batch import Batch
 from distill.errors import DataError, StorageError
 from distill.model.distiller import Distiller
 from distill.model.stored import Form, form_of
-from distill.model.wiring import Address
+from distill.model.wiring import Address, Call
 from distill.observer import Numbers
 from distill.store import rows as files
+from distill.store.measured import find_measured, note_measured
 from distill.store.moved import SEEN, Place, find_moved
 from distill.store.near import SHOWN, moved_text, nearest, parts
 from distill.training.build import Builder
 from distill.training.stage_outputs import StageOutputs
 
-MEASURED = "measured.json"
 NO_LOGITS = (
     "encoding top_k is for logits, which are a teacher's output as it is, and the stage reads only "
     "{} of it, which would be kept in float16; write encoding: float16"
+)
+OTHER_TEMPERATURE = (
+    "encoding top_k keeps the mass of the other classes at temperature {}, but a loss takes it at "
+    "another: {}; write {}encoding: float16"
 )
 ALIKE = 1e-2
 """How much a sample's outputs may depend on its neighbours, relative to the largest of them."""
@@ -105,13 +108,16 @@ class TeacherStore:
             near = f"store {name} is used: it was made with {moved_text(self.moved)}"
         return StageOutputs(rows, form, views, mixed, role=self.role, near=near)
 
-    def make(self, distiller: Distiller, batch: Batch, alone: Batch) -> None:
+    def make(
+        self, distiller: Distiller, batch: Batch, together: Batch, alone: Sequence[Batch]
+    ) -> None:
         """Make an empty store in the form of what the teacher gives for a few samples.
 
         Args:
             distiller: of the stage.
-            batch: of the samples.
-            alone: of the first of them by itself.
+            batch: two samples.
+            together: some samples.
+            alone: each of these by itself.
 
         Raises:
             DataError: if that cannot be stored.
@@ -122,7 +128,7 @@ class TeacherStore:
         assert self.teacher.store is not None
         form = form_of(values, self.addresses, self.role, samples, self.teacher.store)
         self._check_encoding(form)
-        self._check_alone(distiller, alone, form, values, samples)
+        self._check_alone(distiller, form, together, alone)
         about = {"teacher": self.teacher.model, "data": self.data}
         known = {"identity": self.known, "parts": parts(self.known)}
         meta = {**known, "about": about, "form": form.plain(), SEEN: list(self.seen())}
@@ -136,27 +142,21 @@ class TeacherStore:
             raise DataError(NO_LOGITS.format(names(field.name for field in form.layout.fields)))
 
     def _check_alone(
-        self,
-        distiller: Distiller,
-        batch: Batch,
-        form: Form,
-        together: dict[str, Any],
-        samples: int,
+        self, distiller: Distiller, form: Form, together: Batch, alone: Sequence[Batch]
     ) -> None:
         """Refuse a teacher whose outputs for a sample depend on the others of its batch."""
-        if samples < 2:
+        if len(alone) < 2:
             return
         try:
-            alone = _given(distiller, self.role, batch)
-            of_one = form.tensors(alone)
+            of_all = form.tensors(_given(distiller, self.role, together))
+            of_each = [form.tensors(_given(distiller, self.role, one)) for one in alone]
         except Exception:  # foreign code that wants more than one sample tells nothing
             return
-        for name, tensor in form.tensors(together).items():
-            each = len(tensor) // samples
-            one, same = of_one[name].float(), tensor[:each].float()
-            is_alike = one.shape == same.shape
-            limit = ALIKE * float(same.abs().max()) if is_alike and same.numel() else 0.0
-            if not is_alike or (same.numel() and float((one - same).abs().max()) > limit):
+        for name, tensor in of_all.items():
+            parts_of_all = tensor.chunk(len(alone))
+            if not all(
+                _are_alike(one[name], part) for one, part in zip(of_each, parts_of_all, strict=True)
+            ):
                 raise DataError(
                     f"what the teacher gives as '{name}' for a sample depends on the other samples "
                     "of the batch, so that it cannot be stored"
@@ -164,25 +164,11 @@ class TeacherStore:
 
     def measured(self, key: str) -> Numbers | None:
         """Return what the teacher was measured as before, ``None`` if it was not."""
-        try:
-            found: Any = json.loads((self.folder / MEASURED).read_text())
-            return {str(name): float(value) for name, value in found[key].items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return None
+        return find_measured(self.folder, key)
 
     def note_measured(self, key: str, numbers: Numbers) -> None:
         """Keep what the teacher was measured as, unless the store may only be read."""
-        file = self.folder / MEASURED
-        try:
-            known = json.loads(file.read_text())
-        except (OSError, ValueError):
-            known = {}
-        temporary = file.with_name(f".{MEASURED}.{random.getrandbits(32):x}")
-        try:
-            temporary.write_text(json.dumps({**known, key: dict(numbers)}))
-            temporary.replace(file)
-        except OSError:  # as rows are not written there either, which is told
-            return
+        note_measured(self.folder, key, numbers)
 
 
 def check_encoding(builder: Builder, teacher: Teacher, role: str, asked: Sequence[Address]) -> None:
@@ -193,10 +179,45 @@ def check_encoding(builder: Builder, teacher: Teacher, role: str, asked: Sequenc
     """
     if teacher.store is None or teacher.store.encoding != "top_k" or not asked:
         return
-    if not any(address.value == role and not address.keys for address in asked):
+    if not _has_output(asked, role):
         path = (*teacher.path, "store", "encoding")
         text = NO_LOGITS.format(names(address.text for address in asked))
         raise builder.experiment.error(path, text)
+
+
+def check_temperature(
+    builder: Builder, teacher: Teacher, role: str, losses: Iterable[Call]
+) -> None:
+    """Refuse ``top_k`` at another temperature than that of a loss which takes the logits.
+
+    Looked at are numbers that losses have as ``temperature``.
+
+    Raises:
+        ConfigError: saying both temperatures.
+    """
+    store, experiment, place = teacher.store, builder.experiment, (*teacher.path, "store")
+    is_known = not experiment.gaps.explain(place, "temperature")
+    if store is None or store.encoding != "top_k" or not is_known:
+        return
+    taking = [call for call in losses if _has_output(call.addresses(), role)]
+    found: dict[str, Any] = {c.name: getattr(c.module, "temperature", None) for c in taking}
+    asked = {name: value for name, value in found.items() if type(value) in (int, float)}
+    wanted = set(asked.values())
+    if wanted <= {store.temperature}:
+        return
+    fitting = f"store: {{encoding: top_k, top: {store.top}, temperature: {min(wanted)}}}, or "
+    text = OTHER_TEMPERATURE.format(
+        store.temperature,
+        ", ".join(f"'{name}' at {value}" for name, value in asked.items()),
+        fitting if len(wanted) == 1 else "",
+    )
+    key = "temperature" if (*place, "temperature") in experiment.document.locations else "encoding"
+    raise experiment.error((*place, key), text)
+
+
+def _has_output(addresses: Iterable[Address], role: str) -> bool:
+    """Whether a teacher's output as it is is among what is read."""
+    return any(address.value == role and not address.keys for address in addresses)
 
 
 def names(values: Iterable[str]) -> str:
@@ -209,11 +230,20 @@ def _given(distiller: Distiller, role: str, batch: Batch) -> dict[str, Any]:
     return distiller.values_of_teacher(role, replace(batch, stored={}))
 
 
-def first_of(batch: Batch) -> Batch:
-    """Return a batch of the first sample alone."""
-    each = len(batch)
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not one.numel():
+        return True
+    one, other = one.float(), other.float()
+    return float((one - other).abs().max()) <= ALIKE * float(other.abs().max())
 
-    def first(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[: len(tensor) // each] if tensor.dim() else tensor
 
-    return batch.map(first)
+def each_of(batch: Batch) -> list[Batch]:
+    """Return batches of a sample each."""
+    samples = len(batch)
+
+    def single(number: int, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(samples)[number] if tensor.dim() else tensor
+
+    return [batch.map(partial(single, number)) for number in range(samples)]

@@ -1,0 +1,153 @@
+"""What code a class or a function comes from, as hashes and versions."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import sys
+import uuid
+from collections.abc import Iterable
+from functools import cache
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+VERSIONED = ("torch", "torchvision", "numpy", "PIL")
+"""Packages whose code is known by their version."""
+OWN = "distill"
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders whose packages are known by their version to those that import them."""
+READ_AT_ONCE = 2**22
+
+
+def code_of(things: Iterable[Any]) -> dict[str, str]:
+    """Return a version or a hash for all code that classes and functions come from.
+
+    Of a package it is that of all of its files, of distill itself that of the file alone. What
+    these import counts too, and so on, until it is an installed package, of which the version does.
+    """
+    bases = [base for thing in things for base in _bases(thing)]
+    names = {name for base in bases if (name := getattr(base, "__module__", None))}
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        top = name.partition(".")[0]
+        if _is_known(top):
+            found |= _version(top)
+        else:
+            key = name if top == OWN else top
+            found[key] = _hash_of(key) if key in sys.modules else uuid.uuid4().hex
+            _add_imported(key, found)
+    return found
+
+
+def hash_of_files(modules: Iterable[str]) -> str:
+    """Return one hash over the files of some modules."""
+    return hashlib.sha256("".join(map(_hash_of, modules)).encode()).hexdigest()
+
+
+def hash_of_file(file: Path) -> str:
+    """Return the hash of what a file holds."""
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(READ_AT_ONCE):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _bases(thing: Any) -> Iterable[Any]:
+    return inspect.getmro(thing) if inspect.isclass(thing) else (thing,)
+
+
+def _is_known(top: str) -> bool:
+    return top in VERSIONED or top in sys.stdlib_module_names
+
+
+def _version(top: str) -> dict[str, str]:
+    if top in VERSIONED:
+        return {top: str(getattr(sys.modules[top], "__version__", ""))}
+    return {}
+
+
+def _add_imported(name: str, found: dict[str, str]) -> None:
+    """Add what the files of a module or package import, and what that does."""
+    files = _files(name)
+    if name.partition(".")[0] == OWN or any(INSTALLED & {*file.parts} for file in files):
+        return
+    for top in sorted({top for file in files for top in _imported(file)}):
+        if top in found or top == OWN or _is_known(top):
+            continue
+        imported = _files(top)
+        if any(INSTALLED & {*file.parts} for file in imported):
+            found[top] = _installed(top)
+        elif imported:
+            found[top] = _hash_of(top)
+            _add_imported(top, found)
+
+
+@cache
+def _imported(file: Path) -> frozenset[str]:
+    """Return the names of topmost modules that a file imports, wherever in it."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):  # not for this Python, so it is not run either
+        return frozenset()
+    names = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level]
+    return frozenset(name.partition(".")[0] for name in names)
+
+
+def _installed(top: str) -> str:
+    try:
+        return version(top)
+    except PackageNotFoundError:  # the distribution has another name
+        return ""
+
+
+def _hash_of(name: str) -> str:
+    """Return a hash over the files that a module, or all of a package, comes from.
+
+    Code that is in no file is never the same as before.
+    """
+    files = _files(name)
+    if not files:
+        return uuid.uuid4().hex
+    found = hashlib.sha256()
+    for path in files:
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _files(name: str) -> list[Path]:
+    """Return a package's files; of a module by itself also those that it may have imported."""
+    file, folders = _place(name)
+    is_own = name.partition(".")[0] == OWN
+    if folders and not is_own:
+        return sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
+    if file is None or is_own:
+        return [] if file is None else [file]
+    loaded = (getattr(other, "__file__", None) for other in [*sys.modules.values()])
+    beside = {Path(path) for path in loaded if path and Path(path).parent == file.parent}
+    return sorted({file, *beside})
+
+
+def _place(name: str) -> tuple[Path | None, list[str]]:
+    """Return the file of a module, loaded or not, and the folders of a package."""
+    module = sys.modules.get(name)
+    if module is not None:
+        file = getattr(module, "__file__", None)
+        return (Path(file) if file else None), [*getattr(module, "__path__", ())]
+    spec = _spec(name)
+    if spec is None:
+        return None, []
+    file = Path(spec.origin) if spec.has_location and spec.origin else None
+    return file, [*(spec.submodule_search_locations or ())]
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    try:
+        return find_spec(name)
+    except (ImportError, ValueError):
+        return None
