@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -47,6 +48,20 @@ class Buffered(ToyMLP):
 
     def forward(self, inputs):
         return self.scale * super().forward(inputs)
+
+
+class Masked(ToyMLP):
+    """Leaves a class out."""
+
+    def forward(self, inputs):
+        return super().forward(inputs).masked_fill(torch.tensor([False, False, True]), -math.inf)
+
+
+class OfTwo(nn.Module):
+    """Compares two classes."""
+
+    def forward(self, student, teacher):
+        return (student - teacher)[:, :2].square().mean()
 
 
 class Padded(nn.Module):
@@ -146,7 +161,8 @@ def run(folder, name, teacher=None, *, heard=None, train=None, **stage):
         observers=["Ending"] if heard else [],
     )
     registry = toy_registry(
-        models={"Scaled": Scaled, "Buffered": Buffered, "Padded": Padded},
+        models={each.__name__: each for each in (Scaled, Buffered, Masked, Padded)},
+        losses={"OfTwo": OfTwo},
         datasets={"Sequences": Sequences},
         collates={"Scaling": Scaling, "padding": lambda: padding},
         batch_transforms={each.__name__: each for each in (Permuting, EachItsOwn, Neighbours)},
@@ -234,6 +250,11 @@ def test_samples_that_are_mixed_with_those_before_them_are_stored(tmp_path):
     both = ["Neighbours", "Neighbours"]
     data = {**DATA, "views": 1, "batch_transforms": both}
     run(tmp_path, "first", data=data)
+    assert len(stores(tmp_path)) == 1
+
+
+def test_a_teacher_that_leaves_classes_out_is_stored(tmp_path):
+    run(tmp_path, "first", {"type": "Masked"}, criterion={"first": {"type": "OfTwo"}})
     assert len(stores(tmp_path)) == 1
 
 

@@ -53,6 +53,8 @@ def _dependences(mixing: Mixing, batch: Batch, device: torch.device) -> Iterator
     places = torch.arange(LOOKED_AT)
     for number in range(BATCHES):
         mixed = mixing(batch, 0, number, device).inputs
+        if not isinstance(mixed, torch.Tensor) or len(mixed) != LOOKED_AT:
+            return
         for changed in range(LOOKED_AT):
             inputs = batch.inputs.clone()
             inputs[changed] = inputs[changed].flip(-1) + 1
