@@ -203,7 +203,7 @@ def main() -> None:
     start_again_if_kept(options.pages)
     batch = options.batch_size
     found = compare(batch, options.turns, torch.device(options.device))
-    print(f"A step of {' to '.join(MODELS)}, batch of {batch}\n")
+    print(f"A step of ResNet-32x4 to ResNet-8x4, batch of {batch}\n")
     parts = ("distill : hand", "of distill's KD", "of torchdistill's KD")
     print(f"| criterion | {HAND} | {OURS} | {THEIRS} | {' | '.join(parts)} |")
     print("| --------- | ---: | ---: | ---: | ---: | ---: | ---: |")
