@@ -226,7 +226,8 @@ def test_an_error_of_the_data_set_names_data_set_and_sample(workers):
     with pytest.raises(DataError) as caught:
         epoch_of(source, Plan(6, 2), Loading(workers))
     assert str(caught.value) == (
-        "data set 'photos': sample 3 cannot be read: OSError: the file is damaged"
+        "data set 'photos': sample 3 cannot be read: OSError: the file is damaged; "
+        "data: {on_bad_sample: skip} passes over such samples"
     )
     assert "Traceback" not in "".join(traceback.format_exception_only(caught.value))
 

@@ -22,7 +22,7 @@ WRONG = [
         "params: expected a mapping, got the list [16]",
     ),
     ("transforms: [{type: Scale, params: {factor: 0.5}}]", "transforms: [3]", "a mapping or text"),
-    ("{model: wide, mode: eval}", "wide", "expected a mapping or null, got the text 'wide'"),
+    ("{model: wide, mode: eval}", "wide", "got the text 'wide'; write {model: wide}"),
     (
         "mode: eval",
         "store: int8",

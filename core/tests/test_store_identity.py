@@ -109,6 +109,16 @@ class Neighbours:
         return (inputs + inputs.roll(1, 0)) / 2, targets
 
 
+class Negating:
+    """Writes into what it is given."""
+
+    def __call__(self, inputs, targets):
+        return inputs.neg_(), targets
+
+
+MIXTURES = (Permuting, EachItsOwn, Neighbours, Negating)
+
+
 class Ending(Observer):
     """Does something at the end of the first epoch."""
 
@@ -165,7 +175,7 @@ def run(folder, name, teacher=None, *, heard=None, train=None, **stage):
         losses={"OfTwo": OfTwo},
         datasets={"Sequences": Sequences},
         collates={"Scaling": Scaling, "padding": lambda: padding},
-        batch_transforms={each.__name__: each for each in (Permuting, EachItsOwn, Neighbours)},
+        batch_transforms={each.__name__: each for each in MIXTURES},
         observers={"Ending": lambda: Ending(heard)},
     )
     return distill.run(
@@ -217,6 +227,21 @@ def test_other_code_of_distill_that_computes_outputs_makes_a_miss(tmp_path, monk
     assert len(stores(tmp_path)) == 2
 
 
+def damage(store):
+    rows = open_rows(store)
+    rows.rows[7, 3] ^= 16
+
+
+def test_a_teacher_of_another_type_than_its_checkpoint_is_loaded_late(tmp_path):
+    torch.manual_seed(0)
+    state = {name: tensor.half() for name, tensor in ToyMLP(12).state_dict().items()}
+    save_file(state, tmp_path / "teacher.safetensors")
+    run(tmp_path, "first")
+    (store,) = stores(tmp_path)
+    run(tmp_path, "second", heard=lambda: damage(store))
+    assert open_rows(store).damaged(numpy.arange(20)).tolist() == []
+
+
 def test_a_teacher_loaded_late_from_a_changed_checkpoint_writes_nothing(tmp_path):
     run(tmp_path, "first")
     (store,) = stores(tmp_path)
@@ -225,25 +250,33 @@ def test_a_teacher_loaded_late_from_a_changed_checkpoint_writes_nothing(tmp_path
     def change():
         state = load_file(checkpoint)
         save_file({name: 3 * tensor for name, tensor in state.items()}, checkpoint)
-        rows = open_rows(store)
-        rows.rows[7, 3] ^= 16
+        damage(store)
 
     with pytest.raises(ConfigError, match="weights of 'wide' have changed since the stage began"):
         run(tmp_path, "second", heard=change)
     assert open_rows(store).damaged(numpy.arange(20)).tolist() == [7]
 
 
-@pytest.mark.parametrize(
-    ("transform", "message"),
-    [
-        ("Permuting", "mix samples with others than those before them"),
-        ("EachItsOwn", "do to a sample what depends on its place in the batch"),
-    ],
-)
-def test_samples_that_are_mixed_with_any_others_are_not_stored(tmp_path, transform, message):
-    data = {**DATA, "views": 1, "batch_transforms": [transform]}
-    with pytest.raises(ConfigError, match=message):
+def test_samples_that_are_mixed_with_any_others_are_not_stored(tmp_path):
+    data = {**DATA, "views": 1, "batch_transforms": ["Permuting"]}
+    with pytest.raises(ConfigError, match="mix samples with others than those before them"):
         run(tmp_path, "first", data=data)
+
+
+@pytest.mark.parametrize(("transform", "processes"), [("EachItsOwn", 1), ("Neighbours", None)])
+def test_where_each_place_is_drawn_for_the_number_of_processes_counts(
+    tmp_path, transform, processes
+):
+    run(tmp_path, "first", data={**DATA, "views": 1, "batch_transforms": [transform]})
+    (store,) = stores(tmp_path)
+    assert open_rows(store).meta["identity"]["mixed"]["processes"] == processes
+
+
+@pytest.mark.parametrize("transforms", [["Negating"] * 9, ["Negating", "Neighbours"]])
+def test_transforms_in_place_and_many_are_stored(tmp_path, transforms):
+    train = {"type": "ToyData", "params": {"size": 40}}
+    run(tmp_path, "first", train=train, data={**DATA, "views": 1, "batch_transforms": transforms})
+    assert len(stores(tmp_path)) == 1
 
 
 def test_samples_that_are_mixed_with_those_before_them_are_stored(tmp_path):

@@ -104,7 +104,10 @@ def indices(batches):
 @pytest.mark.parametrize("read", [epoch_of, lambda *a: evaluated(*a, skip=False)])
 def test_a_sample_that_raises_ends_the_run_with_its_data_set_index_and_reason(read, workers):
     text = said(lambda: read(Photos(bad=[5], does=refuse), workers))
-    assert text == "data set 'photos': sample 5 cannot be read: OSError: file 5 is damaged"
+    assert text == (
+        "data set 'photos': sample 5 cannot be read: OSError: file 5 is damaged; "
+        "data: {on_bad_sample: skip} passes over such samples"
+    )
 
 
 def test_a_torch_error_in_a_worker_is_the_samples_and_not_the_workers():

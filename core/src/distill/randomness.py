@@ -104,8 +104,8 @@ def seed_step(base: int, step: int, device: torch.device) -> None:
 def torch_forked() -> AbstractContextManager[None]:
     """Return a context that leaves torch's generators as they were.
 
-    Of GPUs it is the one that this process runs on, once it does: to ask all of a machine, as torch
-    does by itself, wakes each of them up, and warns of it.
+    Of GPUs it is the one that this process runs on, once it does, and no other: to ask all of a
+    machine, as torch does by itself, wakes each of them up, and warns of it.
     """
     ours = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     return torch.random.fork_rng(ours)

@@ -399,11 +399,20 @@ def test_banks_are_told_and_refused_before_they_are_allocated(
         made([0, 1] * 100, bank_dtype=torch.float32)
 
 
+def test_what_does_not_fit_is_refused_before_any_label_is_read() -> None:
+    class Unread:
+        def __len__(self) -> int:
+            return 10**12
+
+    with pytest.raises(ValueError, match="two banks of 1,000,000,000,000 x 6 float32 take"):
+        CRDLoss().setup(vectors(2, 6), vectors(2, 6), torch.arange(2), Unread())
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
         ({"negatives": 0}, "negatives must be a whole number > 0, got 0"),
-        ({"temperature": 0.0}, "temperature must be from 0.0125, below which .*, got 0.0"),
+        ({"temperature": 0.0}, r"temperature must be at least 0.0125 \(below.*, got 0.0"),
         ({"momentum": 1.0}, "momentum must be from 0 to below 1, got 1.0"),
         ({"positive": "same"}, "positive must be one of 'exact', 'relaxed', got 'same'"),
         ({"exclude": "none"}, "exclude must be one of 'class', 'sample', got 'none'"),

@@ -293,6 +293,14 @@ _KINDS = {
 }
 
 
+def _as_mapping(error: jsonschema.ValidationError) -> str:
+    """Return how a text is written where a mapping with one key that must be there is expected."""
+    required = _schema_of(error).get("required", ())
+    if not isinstance(error.instance, str) or len(required) != 1:
+        return ""
+    return f"; write {{{required[0]}: {error.instance}}}"
+
+
 def _wrong_value(error: jsonschema.ValidationError) -> str:
     limit, got = error.validator_value, show(error.instance)
     if error.validator == "type":
@@ -300,7 +308,7 @@ def _wrong_value(error: jsonschema.ValidationError) -> str:
         expected = " or ".join(_KINDS[kind] for kind in kinds)
         if kinds == SWITCH:
             expected += f" of {', '.join(_schema_of(error)['properties'])}"
-        return f"expected {expected}, got {got}"
+        return f"expected {expected}, got {got}{_as_mapping(error)}"
     if error.validator == "enum":
         words = [word for word in limit if word is not None]
         nearest = did_you_mean(str(error.instance), words)

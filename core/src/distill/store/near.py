@@ -43,6 +43,7 @@ WORDS = {
     "mixed.drop_last": "another data.drop_last, on which mixed samples depend",
     "mixed.views_at_once": "another data.views_at_once, on which mixed samples depend",
     "mixed.device": "another device, on which samples are mixed",
+    "mixed.processes": "another number of processes, on which mixed samples depend",
     "mixed.files": "other contents of a file that batch transforms name",
     "mixed.code": "other code of the batch transforms",
 }

@@ -41,6 +41,7 @@ def identity(
     source: Source,
     seed: int,
     device: str,
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """Return as plain data what the outputs of a teacher in a stage depend on.
 
@@ -54,6 +55,7 @@ def identity(
         source: the stage's training data.
         seed: of the run, which batch transforms depend on, and buffers may.
         device: its type, on which they may draw.
+        processes: of the run, if what batch transforms do depends on how many share a batch.
     """
     teacher, data = stage.teachers[role], stage.data
     built_from = _built_from(builder, teacher)
@@ -85,7 +87,7 @@ def identity(
             "code": code_of(made_by(source)),
         },
         "views": data.views,
-        "mixed": _mixed(builder, stage, seed, device),
+        "mixed": _mixed(builder, stage, seed, device, processes),
     }
 
 
@@ -132,8 +134,9 @@ def _unsaved(builder: Builder, teacher: Teacher, model: nn.Module, seed: int) ->
     names = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
     if not names:
         return ""
-    built = builder.model(teacher.instance, seed)
-    return weights_of({name: each for name, each in built.named_buffers() if name in names})
+    built = builder.model(teacher.instance, seed).named_buffers()
+    found = {name: buffer for name, buffer in built if name in names}
+    return weights_of(found) if found else ""  # some come with the first forward
 
 
 def weights_in(file: Path) -> str:
@@ -175,7 +178,9 @@ def described_data(described: Dataset) -> dict[str, Any]:
     }
 
 
-def _mixed(builder: Builder, stage: Stage, seed: int, device: str) -> dict[str, Any] | None:
+def _mixed(
+    builder: Builder, stage: Stage, seed: int, device: str, processes: int | None
+) -> dict[str, Any] | None:
     """Return what decides with which other sample one is mixed, and how."""
     data = stage.data
     if not data.batch_transforms:
@@ -188,6 +193,7 @@ def _mixed(builder: Builder, stage: Stage, seed: int, device: str) -> dict[str, 
         "drop_last": data.drop_last,
         "views_at_once": data.views_at_once,
         "device": device,
+        "processes": processes,
         "code": code_of(
             type(made) for made in builder.components("batch_transforms", data.batch_transforms)
         ),

@@ -91,12 +91,12 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
         return {}
     source = run.sources[stage.data.train]
     check_repeats(run.builder, stage, wanted[0], source)
-    check_mixing(run, stage, wanted[0], source)
+    mixes_by_place = check_mixing(run, stage, wanted[0], source)
     asked = _asked(run.builder, stage)
     for role in wanted:
         check_encoding(run.builder, stage.teachers[role], role, asked[role].addresses)
     stores = {
-        role: _store(run, stage, role, asked[role], source)
+        role: _store(run, stage, role, asked[role], source, mixes_by_place)
         for role in wanted
         if asked[role].addresses
     }
@@ -107,11 +107,14 @@ def find_stores(run: SeedRun, stage: Stage) -> dict[str, TeacherStore]:
     return stores
 
 
-def _store(run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source) -> TeacherStore:
+def _store(
+    run: SeedRun, stage: Stage, role: str, asked: Asked, source: Source, mixes_by_place: bool
+) -> TeacherStore:
     teacher = stage.teachers[role]
     weights = _weights(run, teacher)
     model = run.models[teacher.instance]
-    place = run.seed, run.device.type
+    processes = distributed.world_size() if mixes_by_place else None
+    place = run.seed, run.device.type, processes
     known = identity(run.builder, stage, role, asked.addresses, model, weights, source, *place)
     rows = len(source) * (stage.data.views or 1)
     folder, data = run.builder.stores / digest(known), stage.data.train
@@ -288,14 +291,13 @@ def _late(
         stage, distiller = assembly.stage, assembly.distiller
         assert distiller is not None
         teacher = stage.teachers[role]
-        model = run.load(teacher.instance)
-        if weights_of(model.state_dict()) != store.known["teacher"]["weights"]:
+        if _weights(run, teacher) != store.known["teacher"]["weights"]:
             message = (
                 f"the weights of '{teacher.model}' have changed since the stage began, so that "
                 "what is stored is not theirs; run again, or put back the checkpoint"
             )
             raise run.builder.experiment.error((*teacher.path, "store"), message)
-        model.to(run.device).requires_grad_(False).eval()
+        model = run.load(teacher.instance).to(run.device).requires_grad_(False).eval()
         if stage.channels_last:
             model.to(memory_format=torch.channels_last)
         special = special_module(run.builder, teacher, model)

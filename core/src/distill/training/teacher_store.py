@@ -204,13 +204,15 @@ def check_temperature(
     wanted = set(asked.values())
     if wanted <= {store.temperature}:
         return
-    fitting = f"store: {{encoding: top_k, top: {store.top}, temperature: {min(wanted)}}}, or "
+    written = experiment.document.locations
+    top = f"top: {store.top}, " if (*place, "top") in written else ""
+    fitting = f"store: {{encoding: top_k, {top}temperature: {min(wanted)}}}, or "
     text = OTHER_TEMPERATURE.format(
         store.temperature,
         ", ".join(f"'{name}' at {value}" for name, value in asked.items()),
         fitting if len(wanted) == 1 else "",
     )
-    key = "temperature" if (*place, "temperature") in experiment.document.locations else "encoding"
+    key = "temperature" if (*place, "temperature") in written else "encoding"
     raise experiment.error((*place, key), text)
 
 
@@ -233,10 +235,11 @@ def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
     one, other = one.float(), other.float()
-    finite = other[other.isfinite()].abs()
-    # What is the same may be infinite, as logits of classes that are left out.
-    difference = (one - other).abs().masked_fill(one == other, 0)
-    return not finite.numel() or not float(difference.max()) > ALIKE * float(finite.max())
+    # What is the same need not be finite, as logits of classes that are left out.
+    is_same = (one == other) | (one.isnan() & other.isnan())
+    largest = other[other.isfinite()].abs().max() if other.isfinite().any() else 0.0
+    apart = (one - other)[~is_same].abs()  # infinite or NaN where one of both is
+    return not apart.numel() or float(apart.max()) <= ALIKE * float(largest)
 
 
 def each_of(batch: Batch) -> list[Batch]:

@@ -350,7 +350,7 @@ def _meta(root: Path) -> dict[str, Any]:
         reason = "it was not packed to its end" if (root / IMAGES).exists() else "there is none"
         raise FileNotFoundError(
             f"Packed finds no data: looked for {file}, but {reason}; write it with `distill data "
-            f"pack FILE DATASET -o {root}`"
+            f"pack FILE DATASET -o {root}`, which --skip-bad leads past images that cannot be read"
         )
     try:
         meta: dict[str, Any] = json.loads(file.read_text("utf-8"))

@@ -120,7 +120,7 @@ class CRDLoss(Parametrized):
         super().__init__()
         check(self, "negatives", negatives, negatives > 0, "a whole number > 0")
         fits = SMALLEST_TEMPERATURE <= temperature < math.inf
-        allowed = f"from {SMALLEST_TEMPERATURE}, below which exponentials leave float32"
+        allowed = f"at least {SMALLEST_TEMPERATURE} (below, exponentials leave float32)"
         check(self, "temperature", temperature, fits, allowed)
         check(self, "momentum", momentum, 0 <= momentum < 1, "from 0 to below 1")
         check_choice(self, "positive", positive, get_args(Positive))
@@ -160,9 +160,6 @@ class CRDLoss(Parametrized):
         student, _ = _checked(student_embedding, teacher_embedding, index)
         device, width = student.device, student.shape[1]
         rows = len(dataset) if self.queue is None else self.queue
-        classes = self._classes_of(dataset)
-        self.pools = Pools(classes, self.ratio).to(device) if self.ratio < 1 else None
-        self.classes = classes.to(device)
         claim(
             2 * rows * width * self.bank_dtype.itemsize,
             device,
@@ -170,6 +167,10 @@ class CRDLoss(Parametrized):
             "bank_dtype: bfloat16 halves them, "
             + ("a shorter queue has fewer rows" if self.queue else "queue bounds their rows"),
         )
+        # Which may take a while, and is in vain where there is no room.
+        classes = self._classes_of(dataset)
+        self.pools = Pools(classes, self.ratio).to(device) if self.ratio < 1 else None
+        self.classes = classes.to(device)
         for name in ("student_bank", "teacher_bank"):
             self.register_buffer(name, random_rows(rows, width, self.bank_dtype, device))
         unset = torch.full((2,), -1.0, dtype=student.dtype, device=device)
