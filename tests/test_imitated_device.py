@@ -22,10 +22,7 @@ JUDGED_LATER = {"sharding.all_finite", "optimizer.step"}
 """Where CUDA's gradients are judged later, see core/tests/test_deferred_steps.py."""
 FILLS = {"stored._to_host"}
 """Which on CUDA goes on behind the step."""
-KNOWN = {
-    "digits-kdsvd": {"singular_vectors.by_sample", "singular_vectors.leading_eigenvectors"},
-    "digits-skd": {"skd._direction"},
-}
+KNOWN = {"digits-kdsvd": {"singular_vectors.by_sample", "singular_vectors.leading_eigenvectors"}}
 """Losses that wait, as their docstrings say."""
 FLIP = [{"type": "RandomHorizontalFlip"}]
 CHANGES: dict[str, dict[str, Any]] = {

@@ -174,7 +174,8 @@ class SKDLoss(LogitLoss):
             difference = _cosines(rows.student) - _cosines(rows.teacher)
             if self.scale_by_classes:
                 difference = difference / rows.student.shape[1]
-            factor: Tensor = torch.linalg.cholesky(self._covariance(difference, rows))
+            # Unchecked, since the host would wait for it: what is not finite is told by the loss.
+            factor: Tensor = torch.linalg.cholesky_ex(self._covariance(difference, rows)).L
             whitened = torch.linalg.solve_triangular(factor, difference, upper=False)
         # The rows of D are its columns, since it is symmetric.
         found = rows.mean(torch.linalg.vector_norm(whitened, dim=0))
