@@ -276,8 +276,11 @@ def test_a_skipped_sample_does_not_count_in_an_evaluation(batch_size):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_samples_of_unequal_shape_are_a_data_error(workers):
-    with pytest.raises(DataError, match="data set 'rows': samples cannot be put into a batch"):
+    with pytest.raises(
+        DataError, match="data set 'rows': samples cannot be put into a batch"
+    ) as said:
         epoch_of(Source("rows", Rows(4)), Plan(4, 4), Loading(workers))
+    assert "on_bad_sample" not in str(said.value)  # which would not help
 
 
 def test_samples_with_unequal_extras_are_a_data_error_that_names_the_key():

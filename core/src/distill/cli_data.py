@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from distill.data.source import Source
 
 SHOWN = 20
+"""So many bad samples are named."""
 FILE_LISTS = ("samples", "images", "files")
+"""What data sets call the list of their files."""
 
 
 @click.group(cls=Group)

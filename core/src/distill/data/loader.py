@@ -186,7 +186,5 @@ def _read(
             text = reading.explain(error, loading.timeout)
             raise DataError(f"data set '{source.name}': {text}") from error
         if isinstance(batch, DataError):
-            if loading.on_bad_sample == "skip":
-                raise batch
-            raise DataError(f"{batch}; data: {{on_bad_sample: skip}} passes over such samples")
+            raise batch
         yield batch

@@ -20,6 +20,7 @@ EVALUATION = -1
 """The epoch that evaluation draws as."""
 LONGEST_GAP = 100
 """So many unreadable samples in a row end a run that skips them."""
+WAY_OUT = "data: {on_bad_sample: skip} passes over such samples"
 Fingerprints = Literal["inputs", "all"]
 """What of a sample a fingerprint is of: its inputs, or targets and extras too."""
 
@@ -93,7 +94,7 @@ class SeededSamples(Dataset[Item]):
                 return self._item(index, repeat, -1 - key[0] if skipped else repeat, skipped)
             except DataError as error:
                 if not self.skips:
-                    return Item(None, str(error))
+                    return Item(None, f"{error}; {WAY_OUT}")
                 skipped.append((index, str(error)))
             finally:
                 self.reading.note(IDLE)

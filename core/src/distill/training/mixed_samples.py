@@ -13,7 +13,6 @@ from distill.config.experiment import Stage
 from distill.data.batch import Batch, map_tensors
 from distill.data.mixing import Mixing
 from distill.data.source import Source
-from distill.errors import ConfigError
 from distill.training.seed_run import SeedRun
 
 LOOKED_AT = 8
@@ -40,18 +39,18 @@ def check_mixing(run: SeedRun, stage: Stage, role: str, source: Source) -> bool:
     if not isinstance(batch.inputs, torch.Tensor) or len(batch.inputs) != size:
         return False
     try:
-        if _meets_others(mixing, batch, run.device):
-            message = (
-                "its batch transforms mix samples with others than those before them, by which "
-                "stored rows are not told apart; mix a sample with none but those before it in the "
-                "batch, one for each transform, or leave out the store"
-            )
-            raise run.builder.experiment.error((*stage.teachers[role].path, "store"), message)
-        return _goes_by_place(mixing, batch, run.device)
-    except ConfigError:
-        raise
+        meets_others = _meets_others(mixing, batch, run.device)
+        goes_by_place = _goes_by_place(mixing, batch, run.device)
     except Exception:  # foreign code; what fails is told when the stage is rehearsed
         return False
+    if meets_others:
+        message = (
+            "its batch transforms mix samples with others than those before them, by which stored "
+            "rows are not told apart; mix a sample with none but those before it in the batch, one "
+            "for each transform, or leave out the store"
+        )
+        raise run.builder.experiment.error((*stage.teachers[role].path, "store"), message)
+    return goes_by_place
 
 
 def _meets_others(mixing: Mixing, batch: Batch, device: torch.device) -> bool:
