@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import distill
-from distill import Batch, ConfigError, DataError, Observer
+from distill import Batch, ConfigError, DataError, NumericalError, Observer
 from distill.data.batch import collate
 from distill.store.rows import open_rows
 from distill.testing import ToyMLP, toy_experiment, toy_registry
@@ -83,6 +83,16 @@ class Sequences(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return torch.ones(20 - index), index % 3
+
+
+class WithGap(torch.utils.data.Dataset):
+    """Numbers with one gap, which is no number."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.full((4,), math.nan if index == 2 else float(index)), index % 3
 
 
 class Permuting:
@@ -173,7 +183,7 @@ def run(folder, name, teacher=None, *, heard=None, train=None, **stage):
     registry = toy_registry(
         models={each.__name__: each for each in (Scaled, Buffered, Masked, Padded)},
         losses={"OfTwo": OfTwo},
-        datasets={"Sequences": Sequences},
+        datasets={"Sequences": Sequences, "WithGap": WithGap},
         collates={"Scaling": Scaling, "padding": lambda: padding},
         batch_transforms={each.__name__: each for each in MIXTURES},
         observers={"Ending": lambda: Ending(heard)},
@@ -284,6 +294,12 @@ def test_samples_that_are_mixed_with_those_before_them_are_stored(tmp_path):
     data = {**DATA, "views": 1, "batch_transforms": both}
     run(tmp_path, "first", data=data)
     assert len(stores(tmp_path)) == 1
+
+
+def test_an_input_that_is_not_finite_is_named_and_not_taken_for_mixed(tmp_path):
+    data = {**DATA, "views": 1, "batch_transforms": ["Neighbours"]}
+    with pytest.raises(NumericalError, match="the input of sample 2 is not finite"):
+        run(tmp_path, "first", train={"type": "WithGap"}, data=data)
 
 
 def test_a_teacher_that_leaves_classes_out_is_stored(tmp_path):

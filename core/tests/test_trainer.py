@@ -310,6 +310,39 @@ def test_what_is_worth_knowing_is_noted(tmp_path):
     assert event.trainable == event.parameters - 40
 
 
+COSINE = "CosineAnnealingLR has its lowest rate after T_max: "
+
+
+@pytest.mark.parametrize(
+    ("schedulers", "notes"),
+    [
+        ([(3, "epochs", None)], []),
+        ([(5, "epochs", None)], [f"{COSINE}5 epochs, and acts for 3"]),
+        ([(1, "epochs", None)], [f"{COSINE}1 epochs, and rises again: it acts for 3"]),
+        ([(9, "steps", None)], []),
+        ([(15, "steps", None)], [f"{COSINE}15 steps, and acts for 9"]),
+        ([(1, "epochs", 1), (2, "epochs", None)], []),
+        ([(3, "steps", 4), (2, "epochs", None)], []),
+        ([(3, "epochs", 2), (1, "epochs", None)], [f"{COSINE}3 epochs, and acts for 2"]),
+    ],
+)
+def test_a_cosine_of_another_length_than_its_part_of_the_stage_is_noted(
+    tmp_path, schedulers, notes
+):
+    described = [
+        {"type": "CosineAnnealingLR", "params": {"T_max": lowest}, "unit": unit, "until": until}
+        for lowest, unit, until in schedulers
+    ]
+    for each in described:
+        if each["until"] is None:
+            del each["until"]
+    data = {"train": "train", "batch_size": 8, "drop_last": False}
+    run = seed_run(tmp_path, {"epochs": 3, "scheduler": described, "data": data})
+    train_stage(run, 0)
+    ((event),) = run.tell.of("stage_start")
+    assert event.notes == notes
+
+
 def test_without_validation_data_nothing_is_measured(tmp_path):
     run = seed_run(tmp_path, {"data": {"train": "train", "batch_size": 8}})
     result = train_stage(run, 0)

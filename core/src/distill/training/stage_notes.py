@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from distill import distributed
+from distill.config.experiment import Scheduler, Unit
 from distill.data.plan import Plan
 from distill.model.adapter import Adapter
 from distill.model.distiller import Distiller
@@ -127,13 +129,30 @@ def _data(assembly: Assembly, plan: Plan) -> Iterator[str]:
 
 def _schedulers(assembly: Assembly, plan: Plan) -> Iterator[str]:
     stage = assembly.stage
-    lengths = {"epochs": stage.epochs, "steps": stage.epochs * plan.steps}
+    steps_in: dict[Unit, int] = {"epochs": plan.steps, "steps": 1}
+    length = stage.epochs * plan.steps
+    began = 0
     for entry in stage.schedulers:
-        if entry.until is not None and entry.until >= lengths[entry.unit]:
+        each = steps_in[entry.unit]
+        if entry.until is not None and entry.until * each >= length:
             yield (
                 f"{entry.component.type} goes on to the end, which comes before its until: "
                 f"{entry.until}"
             )
+        elif entry.component.type == "CosineAnnealingLR":
+            end = length if entry.until is None else entry.until * each
+            yield from _cosine(entry, math.ceil((end - began) / each))
+        began = 0 if entry.until is None else entry.until * each
+
+
+def _cosine(entry: Scheduler, length: int) -> Iterator[str]:
+    """Tell of a cosine that has another length than its part of the stage."""
+    lowest = entry.component.params["T_max"]
+    reached = f"CosineAnnealingLR has its lowest rate after T_max: {lowest:,} {entry.unit}"
+    if lowest > length:
+        yield f"{reached}, and acts for {length:,}"
+    elif lowest < length - 1:
+        yield f"{reached}, and rises again: it acts for {length:,}"
 
 
 def _processes(assembly: Assembly) -> Iterator[str]:
