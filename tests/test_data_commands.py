@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,14 +150,176 @@ def test_check_says_that_data_is_not_opened_and_with_data_finds_its_faults(file:
         (file.parent / "packed" / "meta.json").unlink(missing_ok=True)
 
 
-def test_packing_that_is_stopped_begins_anew(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_that_is_stopped_says_that_it_goes_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stopped(samples: object, index: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("distill.cli_data._Samples.__getitem__", stopped)
     result = packed(file, "photos", "packed", "--workers", "0")
     assert result.exit_code == 75, result.output
-    assert result.stderr.endswith("\nstopped; the same command begins anew\n")
+    assert result.stderr.endswith("\nstopped; the same command goes on from here\n")
+
+
+PLUGIN = """\
+import os
+import signal
+
+from distill import hookimpl
+from torchvision.datasets import ImageFolder
+
+
+class Killed(ImageFolder):
+    def __init__(self, root):
+        super().__init__(root)
+        if "RELABELLED" in os.environ:
+            self.targets = [1 - target for target in self.targets]
+
+    def __getitem__(self, index):
+        if str(index) == os.environ.get("KILLED_AT"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@hookimpl
+def distill_datasets():
+    return {"Killed": Killed}
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_packing_that_is_killed_goes_on_to_the_same_bytes(file: Path, workers: str) -> None:
+    plugin = file.parent / "killed.py"
+    plugin.write_text(PLUGIN, "utf-8")
+    options = ["-s", "datasets.photos.type=Killed", "--plugin", str(plugin), "--workers", workers]
+    command = [sys.executable, "-m", "distill", "data", "pack", str(file), "photos", *options]
+    environment = {**os.environ, "KILLED_AT": "2"}
+    folder = file.parent / "killed"
+    command += ["-o", str(folder)]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == (5 if workers == "1" else -signal.SIGKILL)
+    assert "Traceback" not in killed.stderr
+    assert ("fewer --workers need less, and the same" in killed.stderr) == (workers == "1")
+    assert {"images.bin", "packing.jsonl"} == contents(folder).keys()
+    result = packed(file, "photos", "killed", *options)
+    assert result.exit_code == 0, result.output
+    if workers == "0":  # a worker takes with it what it has not yet handed over
+        assert "\ngoing on: 2 of 4 samples are there already\n" in result.stderr
+    assert packed(file, "photos", "whole", *options).exit_code == 0
+    assert contents(folder) == contents(file.parent / "whole")
+
+
+@pytest.mark.parametrize("other", ["quality", "order", "name", "labels"])
+def test_packing_of_other_files_labels_or_settings_begins_anew_and_says_so(
+    file: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    plugin = file.parent / "relabelled.py"
+    plugin.write_text(PLUGIN, "utf-8")
+    options = ["-s", "datasets.photos.type=Killed", "--plugin", str(plugin)]
+    photos = file.parent / "photos"
+    whole = (photos / "b" / "5.png").read_bytes()
+    (photos / "b" / "5.png").write_bytes(b"no image")
+    assert packed(file, "photos", "packed", *options).exit_code == 5
+    (photos / "b" / "5.png").write_bytes(whole)
+    if other == "name":
+        (photos / "a" / "2.png").rename(photos / "a" / "3.png")
+    if other == "labels":
+        monkeypatch.setenv("RELABELLED", "")
+    options += {"quality": ["--quality", "50"], "order": [*CHOSEN]}.get(other, [])
+    result = packed(file, "photos", "packed", *options)
+    assert result.exit_code == 0, result.output
+    assert "\nbegun anew: what is half-packed there is no image of these files" in result.stderr
+    alone = packed(file, "photos", "alone", *options)
+    assert "begun anew" not in alone.stderr
+    assert contents(file.parent / "packed") == contents(file.parent / "alone")
+
+
+def test_a_file_that_is_lost_ends_packing_though_bad_ones_are_skipped(file: Path) -> None:
+    photo = file.parent / "photos" / "a" / "4.png"
+    photo.rename(file.parent / "away.png")
+    photo.symlink_to(file.parent / "mount" / "4.png")
+    (file.parent / "photos" / "a" / "2.png").write_bytes(b"no image")
+    command = ("photos", "packed", "--skip-bad")
+    lost = packed(file, *command)
+    assert lost.exit_code == 5, lost.output
+    error, reason = lost.stderr.splitlines()[-2:]
+    assert error.startswith("error: data set 'photos': sample 2 cannot be read: FileNotFoundError")
+    assert error.count(str(photo)) == 1
+    assert reason.startswith("the file system does not give this file, so packing ends here, with")
+    assert not (file.parent / "packed" / "meta.json").exists()
+    photo.unlink()
+    (file.parent / "away.png").rename(photo)
+    found = packed(file, *command)
+    assert found.exit_code == 0, found.output
+    assert "going on: 2 of 4 samples are there already" in found.stderr
+    assert "3 samples in 6 files, 0.0 MB; 1 sample skipped" in found.stdout
+
+
+TO_FLOATS = "{type: ToDtype, params: {dtype: float32, scale: true}}"
+NORMALISING = """\
+from torch import nn
+
+from distill import hookimpl
+
+
+class Normalising(nn.Module):
+    \"""Makes floats of bytes itself.\"""
+
+    def __init__(self, features):
+        super().__init__()
+        self.head = nn.Linear(features, 2)
+
+    def forward(self, images):
+        return self.head(images.float().div(255).flatten(1))
+
+
+@hookimpl
+def distill_models():
+    return {"Normalising": Normalising}
+"""
+
+
+@pytest.mark.parametrize("model", ["resnet18", "vit_b_32"])
+@pytest.mark.parametrize("command", [["check", "--data"], ["run"]], ids=" ".join)
+def test_bytes_that_reach_a_model_are_an_error_that_says_what_the_data_set_lacks(
+    file: Path, command: list[str], model: str
+) -> None:
+    assert packed(file, "photos", "packed").exit_code == 0
+    transforms = "[{type: Resize, params: {size: [32, 32]}}]"
+    options = ["-s", f"models.m={{type: {model}, params: {{num_classes: 2}}}}"]
+    if model == "vit_b_32":
+        options = ["-s", f"models.m={{type: {model}, params: {{num_classes: 2, image_size: 32}}}}"]
+    options += ["-s", f"datasets.small.transforms={transforms}"]
+    result = CliRunner().invoke(main, [*command, str(file), *options])
+    assert result.exit_code == 2, result.output
+    kind = {"resnet18": "ResNet", "vit_b_32": "VisionTransformer"}[model]
+    start, _, end = result.stderr.strip().splitlines()[-1].partition(" takes floats (")
+    lacking = f"its images are bytes (uint8), and {kind} of stages.one.student"
+    assert start == f"{file}:8:3: datasets.small: {lacking}"
+    assert end.endswith(f"); end its transforms with {TO_FLOATS}")
+
+    options[-1] = f"datasets.small.transforms={transforms[:-1]}, {TO_FLOATS}]"
+    mended = CliRunner().invoke(main, ["check", "--data", str(file), *options])
+    assert mended.exit_code == 0, mended.output
+
+
+def test_models_that_make_floats_of_bytes_are_not_told_to_have_them_made(file: Path) -> None:
+    assert packed(file, "photos", "packed").exit_code == 0
+    plugin = file.parent / "normalising.py"
+    plugin.write_text(NORMALISING, "utf-8")
+    for features, code in ((3 * 8 * 8, 0), (5, 2)):
+        model = f"models.m={{type: Normalising, params: {{features: {features}}}}}"
+        options = ["--plugin", str(plugin), "-s", model]
+        result = CliRunner().invoke(main, ["check", "--data", str(file), *options])
+        assert result.exit_code == code, result.output
+        assert "ToDtype" not in result.stderr
+    assert "stages.one.student: Normalising fails on data set 'small'" in result.stderr
+    assert "shapes cannot be multiplied" in result.stderr
 
 
 def test_what_cannot_be_packed_is_told_in_a_line(file: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import xxhash
 
 from distill.cli_errors import RESUMABLE, Group
 from distill.cli_options import plugin_option, remote_code_option, set_option
@@ -36,7 +38,7 @@ def data() -> None:
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder to write: a new, empty or half-packed one.",
+    help="Folder to write: a new, empty or half-packed one, in which packing goes on.",
 )
 @click.option(
     "--size",
@@ -62,7 +64,11 @@ def data() -> None:
     show_default=True,
     help="Processes that read and encode.",
 )
-@click.option("--skip-bad", is_flag=True, help="Leave out samples that cannot be read.")
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="Leave out damaged samples; a file that the disk does not give always ends packing.",
+)
 @set_option
 @plugin_option
 @remote_code_option
@@ -85,10 +91,13 @@ def pack(
     is a data set of its own: {type: Packed, params: {root: FOLDER}}.
 
     Samples that cannot be read are named after the last one. They are an error, and the folder is
-    left half-packed; with --skip-bad they are left out, and the others keep their order.
+    left half-packed; with --skip-bad they are left out, and the others keep their order. A file
+    that the file system does not give (missing, no permission, a disk or mount that is lost) ends
+    packing at once, with --skip-bad too.
 
     A folder with something in it, such as a packed data set, is refused. One that is half-packed,
-    since packing was stopped or failed, is never read; packing to it again begins anew.
+    since packing was stopped or failed, is never read; the same command goes on in it from the last
+    whole image, and begins anew where files, labels or settings are others.
     """
     from distill.experiment_file import open_experiment
     from distill.training.build import Builder
@@ -109,6 +118,7 @@ def pack(
         "experiment": str(file),
         "dataset": dataset,
         "parts": [{"type": part.type, "params": dict(part.params)} for part in parts],
+        "lists": _hash_of_lists(source.dataset),
     }
     _pack(packer, source, output, made_from, skip_bad)
 
@@ -123,17 +133,24 @@ def _pack(
         if not skip_bad or len(bad) == len(source):
             raise DataError(_refusal(bad, len(source)))
 
-    label = f"packing {source.name}"
-    with click.progressbar(length=len(source), label=label, file=sys.stderr) as bar:
-        try:
-            written = packer(_Samples(source), output, made_from, lambda _: bar.update(1), on_bad)
-        except FileExistsError as error:
-            raise UsageError(str(error)) from error
-        except OSError as error:
-            raise StorageError(f"{output} cannot be written: {error}") from error
-        except KeyboardInterrupt:
-            click.echo("\nstopped; the same command begins anew", err=True)
-            sys.exit(RESUMABLE)
+    try:
+        half_packed = output.is_dir() and any(output.iterdir())
+        label = f"packing {source.name}"
+        with click.progressbar(length=len(source), label=label, file=sys.stderr) as bar:
+
+            def progress(done: int) -> None:
+                if half_packed and bar.pos == 0:
+                    click.echo(f"\n{_begun(done - 1, len(source))}", err=True)
+                bar.update(done - bar.pos)
+
+            written = packer(_Samples(source), output, made_from, progress, on_bad)
+    except FileExistsError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise StorageError(f"{output} cannot be written: {error}") from error
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command goes on from here", err=True)
+        sys.exit(RESUMABLE)
     if bad:
         click.echo(f"{_counted(bad)} skipped:\n{_listed(bad)}", err=True)
     sizes = [path.stat().st_size for path in output.iterdir()]
@@ -141,6 +158,13 @@ def _pack(
         f"{len(source) - len(bad):,} samples in {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB"
         f"{f'; {_counted(bad)} skipped' if bad else ''}; to be read with {written}"
     )
+
+
+def _begun(kept: int, samples: int) -> str:
+    """Say what packing to a half-packed folder begins with."""
+    if kept:
+        return f"going on: {kept:,} of {samples:,} samples are there already"
+    return "begun anew: what is half-packed there is no image of these files, labels and settings"
 
 
 def _refusal(bad: Mapping[int, str], samples: int) -> str:
@@ -193,3 +217,15 @@ def _file(dataset: Any, index: int) -> str | None:
             if isinstance(file, (str, Path)):
                 return str(file)
     return None
+
+
+def _hash_of_lists(dataset: Any) -> str:
+    """Return a hash of the files and the labels of a data set, where it lists them."""
+    from distill.data.labels import labels
+
+    digest = xxhash.xxh3_64()
+    for index in range(len(dataset)):
+        digest.update(f"{_file(dataset, index)}\n".encode(errors="surrogateescape"))
+    with suppress(DataError):
+        digest.update(repr(labels(dataset, read=False)).encode())
+    return digest.hexdigest()

@@ -189,9 +189,10 @@ def distill_packers() -> Components:  # type: ignore[empty-body]
 
     ``packer(dataset, folder, source, progress, on_bad) -> text`` writes every ``Sample`` of a data
     set to a folder and returns what a file writes to read it. ``source``, what the data set is made
-    from, is plain data for ``meta.json``; ``progress(done)`` is called after each sample, and
-    ``on_bad(bad)`` once after the last, if any cannot be packed, with why by index: they are left
-    out, and what it raises leaves the folder unfinished.
+    from, is plain data for ``meta.json``, and tells whether the same is packed in an unfinished
+    folder; ``progress(done)`` is called after each sample with all that are done, those found there
+    too, and ``on_bad(bad)`` once after the last, if any cannot be packed, with why by index: they
+    are left out, and what it raises leaves the folder unfinished.
     """
 
 

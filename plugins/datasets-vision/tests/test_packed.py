@@ -1,5 +1,6 @@
 """Data sets in few files."""
 
+import errno
 import io
 import json
 import pickle
@@ -181,13 +182,17 @@ def test_a_data_set_without_a_sample_to_pack_is_refused(tmp_path):
 def test_samples_of_another_kind_end_packing_at_once_and_are_not_left_out(tmp_path):
     packer = distill_packers()["raw"](size=32, quality=90, workers=0)
     fine = Sample(expected(0), 0)
-    for odd, message in (
-        (Sample(torch.zeros(3, 2, 2), 0), "TypeError: images must be PIL images or uint8"),
-        (Sample(expected(1), 0, extras={"path": "a"}), "TypeError: it has more than a"),
+    for name, odd, message in (
+        (
+            "floats",
+            Sample(torch.zeros(3, 2, 2), 0),
+            "TypeError: images must be PIL images or uint8",
+        ),
+        ("extras", Sample(expected(1), 0, extras={"path": "a"}), "TypeError: it has more than a"),
     ):
         seen = []
         with pytest.raises(DataError, match=f"^sample 1 cannot be packed: {message}"):
-            packer([fine, odd, fine], tmp_path, {}, seen.append, lambda bad: None)
+            packer([fine, odd, fine], tmp_path / name, {}, seen.append, lambda bad: None)
         assert seen == [1]
 
 
@@ -260,3 +265,160 @@ def test_what_is_missing_or_unfinished_is_told(tmp_path):
         (folder / name).unlink()
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
             Packed(str(folder))
+
+
+class Stopping(Pictures):
+    """Is stopped at a sample, as by Ctrl+C, and remembers which ones were read."""
+
+    def __init__(self, stop_at=None, **options):
+        super().__init__(**{"targets": np.float32([[0.1, n] for n in range(5)]), **options})
+        self.stop_at, self.read = stop_at, []
+
+    def __getitem__(self, index):
+        if index == self.stop_at:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def stop(folder, **options):
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, dataset=Stopping(stop_at=3), **options)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "raw"])
+def test_packing_goes_on_from_the_last_image_to_the_bytes_of_one_that_was_not_stopped(
+    tmp_path, encoding
+):
+    pack(tmp_path / "whole", encoding, Stopping())
+    stop(tmp_path / "two", encoding=encoding)
+    with pytest.raises(FileNotFoundError, match="it was not packed to its end"):
+        Packed(str(tmp_path / "two"))
+    dataset, seen = Stopping(), []
+    packer = distill_packers()[encoding](size=32, quality=90, workers=0)
+    packer(dataset, tmp_path / "two", {"from": "tests"}, seen.append)
+    assert (dataset.read, seen) == ([0, 3, 4], [4, 5])  # the first, to see whether it is the same
+    assert contents(tmp_path / "two") == contents(tmp_path / "whole")
+    assert "packing.jsonl" not in contents(tmp_path / "two")
+
+
+def test_whatever_a_crash_leaves_of_the_files_the_bytes_are_the_same_in_the_end(tmp_path):
+    pack(tmp_path / "whole", dataset=Stopping())
+    stop(tmp_path / "stopped")
+    chance, kept = random.Random(0), set()
+    for number in range(40):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "stopped", folder)
+        file = folder / ("images.bin", "packing.jsonl")[number % 2]
+        content = file.read_bytes()
+        place = chance.randrange(len(content))
+        # What was not yet on the disk is missing, or zeros of its length.
+        lost = (b"", bytes(len(content) - place))[number // 2 % 2]
+        file.write_bytes(content[:place] + lost)
+        with pytest.raises(KeyboardInterrupt):
+            pack(folder, dataset=(again := Stopping(stop_at=4)))
+        kept.add(4 - len(set(again.read)))
+        pack(folder, dataset=(last := Stopping()))
+        assert last.read == [0, 4]
+        assert contents(folder) == contents(tmp_path / "whole")
+    assert kept >= {0, 1}
+
+
+def test_packing_of_something_else_to_a_half_packed_folder_begins_anew(tmp_path):
+    white = Image.new("RGB", (20, 20), "white")
+    for number, (dataset, options) in enumerate(
+        (
+            (Stopping(), {"size": 16}),
+            (Stopping(), {"encoding": "jpeg"}),
+            (Stopping(make=lambda image: white), {}),
+            (Stopping(targets=(0, 1, 1, 0, 1)), {}),
+        )
+    ):
+        stop(tmp_path / str(number))
+        pack(tmp_path / str(number), dataset=dataset, **options)
+        assert {1, 2} < set(dataset.read)
+        pack(tmp_path / f"{number} alone", dataset=dataset, **options)
+        assert contents(tmp_path / str(number)) == contents(tmp_path / f"{number} alone")
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "source"), [(4, 32, "tests"), (5, 28, "tests"), (5, 32, "others")]
+)
+def test_settings_samples_and_source_count_where_the_first_image_is_the_same(
+    tmp_path, samples, size, source
+):
+    def stopping(done):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    whole = [Stopping()[n] for n in (3, 4, 0, 1, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        distill_packers()["raw"](size=32)(whole, tmp_path / "stopped", {"from": "tests"}, stopping)
+    other = [whole[n] for n in (0, 2, 1, 4, 3)][:samples]
+    for name in ("stopped", "alone"):
+        distill_packers()["raw"](size=size)(other, tmp_path / name, {"from": source})
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "alone")
+
+
+def test_bad_samples_are_looked_at_again_and_those_that_were_repaired_are_packed(tmp_path):
+    for name in ("repaired", "bad"):
+        with pytest.raises(DataError, match="picture 3 is truncated"):
+            pack(tmp_path / name, dataset=Damaged({1, 3}))
+    packer = distill_packers()["raw"](size=32, quality=90, workers=0)
+    packer(Damaged({3}), tmp_path / "repaired", {"from": "tests"}, on_bad=lambda bad: None)
+    packer(Damaged({3}), tmp_path / "alone", {"from": "tests"}, on_bad=lambda bad: None)
+    assert contents(tmp_path / "repaired") == contents(tmp_path / "alone")
+    seen = []
+    packer(Damaged({1, 3}), tmp_path / "bad", {"from": "tests"}, seen.append, lambda bad: None)
+    assert (seen, len(Packed(str(tmp_path / "bad")))) == ([], 3)
+
+
+class Failing(Pictures):
+    """Raises an error for one picture, as a data set does that tells it in words of its own."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def __getitem__(self, index):
+        if index == 3:
+            try:
+                raise self.error
+            except OSError as error:
+                raise RuntimeError("picture 3") from error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("code", ["ENOENT", "EACCES", "EIO", "ESTALE", "ENOTCONN"])
+def test_a_file_that_is_not_given_ends_packing_and_is_never_left_out(tmp_path, code, workers):
+    lost = Failing(OSError(getattr(errno, code), "gone"))
+    packer = distill_packers()["raw"](size=32, quality=90, workers=workers)
+    told, seen = [], []
+    with pytest.raises(
+        DataError, match=r"^sample 3 cannot be packed: .* picture 3\nthe file system"
+    ):
+        packer(lost, tmp_path, {}, seen.append, told.append)
+    assert (told, seen) == ([], [1, 2, 3])
+    packer(Pictures(), tmp_path, {}, seen.append)
+    assert (seen, len(Packed(str(tmp_path)))) == ([1, 2, 3, 4, 5], 5)
+
+
+def test_bytes_that_are_no_image_are_bad_whatever_a_decoder_makes_of_them(tmp_path):
+    packer = distill_packers()["raw"](size=32, quality=90, workers=0)
+    for number, error in enumerate((OSError("truncated"), OSError(errno.EINVAL, "seek"))):
+        told = []
+        packer(Failing(error), tmp_path / str(number), {}, on_bad=told.append)
+        assert told == [{3: "sample 3 cannot be packed: RuntimeError: picture 3"}]
+
+
+def test_targets_that_are_no_numbers_end_packing_at_once(tmp_path):
+    dataset = Stopping(targets=["cat"] * 5)
+    message = "^sample 0 cannot be packed: TypeError: targets must be numbers .*, not str$"
+    with pytest.raises(DataError, match=message):
+        pack(tmp_path, dataset=dataset)
+    assert dataset.read == [0]

@@ -2,17 +2,19 @@
 
 The folder holds ``images.bin``, all images one behind the other; ``offsets.npy``, where each begins
 and the last ends; ``shapes.npy``, height, width and channels of each; ``checks.npy``, a hash of
-each; ``targets.npy`` where there are targets; and ``meta.json``, written last.
+each; ``targets.npy`` where there are targets; and ``meta.json``, written last. Until then there is
+``packing.jsonl``, from which packing can go on.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +27,33 @@ from torchvision.transforms.v2 import functional
 from torchvision.tv_tensors import Image  # type: ignore[attr-defined]
 
 from distill import DataError, Sample
+from distill_datasets_vision.packing_journal import (
+    IMAGES,
+    JOURNAL,
+    Bad,
+    Entry,
+    Images,
+    line_of,
+    record_of,
+    take_up,
+)
 
-META, IMAGES = "meta.json", "images.bin"
+META = "meta.json"
 ARRAYS = {"offsets": np.int64, "shapes": np.int32, "checks": np.uint64}
 KIND, VERSION = "distill packed images", 1
 CHANNELS = {1: "L", 3: "RGB"}
 Progress = Callable[[int], None]
 OnBad = Callable[[Mapping[int, str]], None]
+TARGETS = "targets must be numbers or arrays of one shape to be packed"
+LOST = (
+    "the file system does not give this file, so packing ends here, with --skip-bad too: that is "
+    "for damaged images, not for those of a disk or mount that is lost; once the file is back, the "
+    "same command goes on from here"
+)
+WORKER = (
+    "the system kills workers that need too much memory: fewer --workers need less, and the same "
+    "command goes on from here"
+)
 TO_PICTURE: Callable[[torch.Tensor], PILImage.Image] = vars(functional)["to_pil_image"]
 
 
@@ -139,9 +161,12 @@ class Packer:
 
         Args:
             dataset: images are PIL images or tensors, uint8 (C, H, W).
-            folder: a new or empty one, or one in which packing has not come to its end.
-            source: what it is made from, for people who read ``meta.json``.
-            progress: told how many samples have been gone through, as they come.
+            folder: a new or empty one, or one in which packing has not come to its end: of the
+                same samples, source and settings it goes on from there, else it begins anew.
+            source: what it is made from, plain data: for people who read ``meta.json``, and to
+                know an unfinished packing of the same again.
+            progress: told how many samples have been gone through, as they come; those that
+                were there already count.
             on_bad: told once, after the last sample, which ones cannot be packed and why, by index.
                 They are left out; what it raises leaves the folder unfinished.
 
@@ -155,7 +180,7 @@ class Packer:
         """
         _refuse_unless_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        images = self._write_images(dataset, folder / IMAGES, progress)
+        images = self._write_images(dataset, folder, source, progress)
         if images.bad:
             on_bad(images.bad)
         if not images.shapes:
@@ -172,77 +197,62 @@ class Packer:
             "skipped": images.bad,
             "classes": list(classes) if classes is not None else None,
             "source": source,
-            "checks": {name: _save(folder, name, each) for name, each in images.arrays().items()},
+            "checks": {name: _save(folder, name, each) for name, each in _arrays(images).items()},
         }
         written = folder / f"{META}.new"
         written.write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
         os.replace(written, folder / META)
+        (folder / JOURNAL).unlink()
         return f"{{type: Packed, params: {{root: {_yaml(str(folder))}}}}}"
 
-    def _write_images(self, dataset: Any, file: Path, progress: Progress) -> _Images:
-        images = _Images()
-        with file.open("wb") as stream:
-            for index, entry in enumerate(self._encoded(dataset)):
-                if isinstance(entry, _Bad):
-                    images.bad[index] = entry.why
-                else:
+    def _write_images(
+        self, dataset: Any, folder: Path, source: Mapping[str, Any], progress: Progress
+    ) -> Images:
+        encoding = _Encoding(dataset, self)
+        head = {
+            "version": VERSION,
+            "packer": [self.encoding, self.size, self.quality],
+            "samples": len(dataset),
+            "source": source,
+        }
+        images = take_up(folder, head, lambda index: record_of(_told(encoding[index])))
+        with (folder / IMAGES).open("ab") as stream, (folder / JOURNAL).open("ab") as journal:
+            for entry in self._encoded(encoding, images.samples):
+                if isinstance(entry, Entry):
                     stream.write(entry.data)
-                    images.add(entry)
-                progress(index + 1)
+                    stream.flush()
+                record = record_of(entry)
+                journal.write(line_of(record))
+                journal.flush()
+                images.add(record)
+                progress(images.samples)
         return images
 
-    def _encoded(self, dataset: Any) -> Iterator[_Entry | _Bad]:
+    def _encoded(self, encoding: _Encoding, first: int) -> Iterator[Entry | Bad]:
         loader = DataLoader(
-            _Encoding(dataset, self),
+            encoding,
             batch_size=None,
+            sampler=range(first, len(encoding)),
             num_workers=self.workers,
             generator=torch.Generator(),
         )
-        for entry in loader:
-            if isinstance(entry, str):
-                raise DataError(entry)
-            yield entry
+        try:
+            yield from map(_told, loader)
+        except RuntimeError as error:  # the loader's: what a sample raises has been told
+            raise DataError(f"{str(error).splitlines()[0].rstrip('. ')}; {WORKER}") from error
 
 
-@dataclass(frozen=True)
-class _Entry:
-    data: bytes
-    shape: tuple[int, int, int]
-    target: Any
+def _told(entry: Entry | Bad | str) -> Entry | Bad:
+    if isinstance(entry, str):
+        raise DataError(entry)
+    return entry
 
 
-@dataclass(frozen=True)
-class _Bad:
-    """In place of a sample that cannot be packed, though others may."""
-
-    why: str
-
-
-@dataclass
-class _Images:
-    """What is known of the images in the file, one behind the other, and of those left out."""
-
-    offsets: list[int] = field(default_factory=lambda: [0])
-    shapes: list[tuple[int, int, int]] = field(default_factory=list)
-    checks: list[int] = field(default_factory=list)
-    targets: list[Any] = field(default_factory=list)
-    bad: dict[int, str] = field(default_factory=dict)
-
-    def add(self, entry: _Entry) -> None:
-        self.offsets.append(self.offsets[-1] + len(entry.data))
-        self.shapes.append(entry.shape)
-        self.checks.append(xxhash.xxh3_64_intdigest(entry.data))
-        self.targets.append(entry.target)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = {
-            "offsets": np.array(self.offsets, np.int64),
-            "shapes": np.array(self.shapes, np.int32),
-            "checks": np.array(self.checks, np.uint64),
-        }
-        if any(target is not None for target in self.targets):
-            arrays["targets"] = _stacked(self.targets)
-        return arrays
+def _arrays(images: Images) -> dict[str, np.ndarray]:
+    arrays = {name: np.array(getattr(images, name), kind) for name, kind in ARRAYS.items()}
+    if any(target is not None for target in images.targets):
+        arrays["targets"] = _stacked(images.targets)
+    return arrays
 
 
 class _OtherKindError(TypeError):
@@ -250,7 +260,7 @@ class _OtherKindError(TypeError):
 
 
 @dataclass(frozen=True)
-class _Encoding(Dataset["_Entry | _Bad | str"]):
+class _Encoding(Dataset["Entry | Bad | str"]):
     """Images as they are packed; a text, which a worker cannot raise as it is, ends packing."""
 
     dataset: Any
@@ -259,27 +269,53 @@ class _Encoding(Dataset["_Entry | _Bad | str"]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> _Entry | _Bad | str:
+    def __getitem__(self, index: int) -> Entry | Bad | str:
         try:
             item = self.dataset[index]
             return self._entry(item if isinstance(item, Sample) else Sample(item[0], item[1]))
-        except DataError as error:
-            return _Bad(str(error))
         except _OtherKindError as error:
             return f"sample {index} cannot be packed: TypeError: {error}"
         except Exception as error:  # the data set's, or of a file that is read only now
-            return _Bad(f"sample {index} cannot be packed: {type(error).__name__}: {error}")
+            why = f"sample {index} cannot be packed: {type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, DataError) else why
+            return f"{why}\n{LOST}" if _is_lost(error) else Bad(why)
 
-    def _entry(self, sample: Sample) -> _Entry:
+    def _entry(self, sample: Sample) -> Entry:
         if sample.extras:
             raise _OtherKindError(f"it has more than a target: {', '.join(sample.extras)}")
+        target = _numbers(sample.target)
         image = _resized(_picture(sample.input), self.packer.size)
         shape = (image.height, image.width, len(image.getbands()))
         if self.packer.encoding == "raw":
-            return _Entry(image.tobytes(), shape, sample.target)
+            return Entry(image.tobytes(), shape, target)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=self.packer.quality)
-        return _Entry(buffer.getvalue(), shape, sample.target)
+        return Entry(buffer.getvalue(), shape, target)
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether the file system has not given a file, which says nothing of the image in it.
+
+    Decoders raise ``OSError`` too: without a number, or with EINVAL where damaged bytes make them
+    seek a place that there is not.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _numbers(target: Any) -> np.ndarray | None:
+    if target is None:
+        return None
+    try:
+        array = np.asarray(target)
+    except (ValueError, TypeError, RuntimeError):  # lists of many lengths, a tensor of bfloat16
+        array = np.array(None)
+    if array.dtype.kind not in "biuf":
+        raise _OtherKindError(f"{TARGETS}, not {type(target).__name__}")
+    return array
 
 
 def _picture(value: Any) -> PILImage.Image:
@@ -305,19 +341,14 @@ def _resized(image: PILImage.Image, size: int) -> PILImage.Image:
     return image.resize(wanted, PILImage.Resampling.BILINEAR)
 
 
-def _stacked(targets: Sequence[Any]) -> np.ndarray:
-    if any(target is None for target in targets):
+def _stacked(targets: Sequence[np.ndarray | None]) -> np.ndarray:
+    there = [target for target in targets if target is not None]
+    if len(there) < len(targets):
         raise DataError("some samples have a target and some have none")
-    try:
-        stacked = np.stack([np.asarray(target) for target in targets])
-    except (ValueError, TypeError, RuntimeError):
-        stacked = np.array(targets[:1], dtype=object)
-    if stacked.dtype.kind not in "biuf":
-        raise DataError(
-            f"targets must be numbers or arrays of one shape to be packed, not "
-            f"{type(targets[0]).__name__}"
-        )
-    return stacked
+    shapes = sorted({target.shape for target in there})
+    if len(shapes) > 1:
+        raise DataError(f"{TARGETS}, not of shapes such as {shapes[0]} and {shapes[-1]}")
+    return np.stack(there)
 
 
 def _save(folder: Path, name: str, array: np.ndarray) -> str:
@@ -337,7 +368,7 @@ def _yaml(path: str) -> str:
 
 
 def _refuse_unless_free(folder: Path) -> None:
-    own = {IMAGES, f"{META}.new", "targets.npy", *(f"{name}.npy" for name in ARRAYS)}
+    own = {IMAGES, JOURNAL, f"{META}.new", "targets.npy", *(f"{name}.npy" for name in ARRAYS)}
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.exists() and (not folder.is_dir() or there - own):
         what = "a packed data set" if META in there else "something else"
