@@ -361,6 +361,20 @@ def test_a_metric_that_fails_on_the_data_is_told_before_anything_trains(tmp_path
     assert "labels of shape (4,)" in fault.message
 
 
+def test_a_loss_with_labels_on_several_views_is_told_what_it_takes(tmp_path):
+    registry = toy_registry(datasets={"Doubled": Doubled})
+    datasets = {"train": {"type": "Doubled"}, "val": {"type": "ToyData"}}
+    experiment = toy_experiment(tmp_path, {}, datasets=datasets)
+    with pytest.raises(ConfigError) as caught:
+        check(experiment, registry, data=True)
+    (fault,) = caught.value.faults
+    assert "Expected input batch_size (4) to match target batch_size (2)" in fault.message
+    assert fault.message.endswith(
+        "; each sample has 2 views here, one behind the other, and a loss with labels takes the "
+        "rows of one of them (SplitViews of distill-crd picks them)"
+    )
+
+
 def test_data_to_measure_on_are_run_through_the_models(tmp_path):
     datasets = {**IMAGES, "train": {"type": "ToyData", "params": {"size": 10}}}
     measured(tmp_path, {"teacher": {"model": "wide"}}, ["student", "teacher"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from distill.config.experiment import Experiment, Stage, Wired
-from distill.config.yaml_document import Path
+from distill.config.yaml_document import Path, path_text
 from distill.data.batch import Batch
 from distill.data.source import Source
 from distill.errors import ConfigError, DistillError
@@ -18,6 +20,10 @@ from distill.model.controls import ControlError
 from distill.model.wiring import CallError, describe, first_line, value_name
 from distill.reference import STUDENT, each_reference
 from distill.training.stage import Assembly
+
+BYTES_NAMED = re.compile("Byte|unsigned char|uint8")
+"""What errors of torch call the type of bytes."""
+TO_FLOATS = "{type: ToDtype, params: {dtype: float32, scale: true}}"
 
 
 def module_error(
@@ -42,15 +48,15 @@ def module_error(
 
 
 @contextmanager
-def failures_told(experiment: Experiment, assembly: Assembly) -> Iterator[None]:
-    """Lay a failure of a loss, auxiliary module or control at its place in the file."""
+def failures_told(experiment: Experiment, assembly: Assembly, batch: Batch) -> Iterator[None]:
+    """Lay a failure of a loss, auxiliary module or control on a batch at its place in the file."""
     try:
         yield
     except ControlError as error:
         teacher = assembly.stage.teachers[error.role]
         raise experiment.error((*teacher.path, "control"), str(error)) from error
     except CallError as error:
-        message = str(error) + _adapter_hint(assembly, error)
+        message = str(error) + _adapter_hint(assembly, error) + _views_hint(batch, error)
         raise module_error(experiment, assembly, error.module, message) from error
 
 
@@ -69,6 +75,20 @@ def _adapter_hint(assembly: Assembly, error: CallError) -> str:
     return "; 'adapter: auto' on the term brings the student's shapes to the teacher's"
 
 
+def _views_hint(batch: Batch, error: CallError) -> str:
+    """Say why a batch has more inputs than labels, if a module fails on the numbers of both."""
+    if not isinstance(batch.inputs, torch.Tensor):
+        return ""
+    inputs, samples = len(batch.inputs), len(batch.index)
+    named = re.findall(r"\d+", str(error.__cause__))
+    if inputs == samples or not {str(inputs), str(samples)} <= set(named):
+        return ""
+    return (
+        f"; each sample has {inputs // samples} views here, one behind the other, and a loss with "
+        "labels takes the rows of one of them (SplitViews of distill-crd picks them)"
+    )
+
+
 @contextmanager
 def model_failures_told(
     experiment: Experiment, assembly: Assembly, source: Source, role: str, batch: Batch
@@ -82,11 +102,33 @@ def model_failures_told(
     except DistillError as error:
         raise experiment.error(_place_of(assembly.stage, role), str(error)) from error
     except Exception as error:  # the model is foreign code
+        if _is_given_bytes(batch.inputs, error):
+            raise _bytes_error(experiment, assembly, source, role, error) from error
         raise experiment.error(
             _place_of(assembly.stage, role),
             f"{type(assembly.model(role)).__name__} fails on data set '{source.name}' "
             f"(inputs {describe(batch.inputs)}): {first_line(error)}",
         ) from error
+
+
+def _is_given_bytes(inputs: Any, error: Exception) -> bool:
+    """Whether a model fails since images are still bytes, which torch then names in its ways.
+
+    A model that makes floats of them itself, and fails on something else, is not meant.
+    """
+    is_bytes = isinstance(inputs, torch.Tensor) and inputs.dtype == torch.uint8
+    return is_bytes and inputs.ndim >= 4 and bool(BYTES_NAMED.search(str(error)))
+
+
+def _bytes_error(
+    experiment: Experiment, assembly: Assembly, source: Source, role: str, error: Exception
+) -> ConfigError:
+    return experiment.error(
+        ("datasets", source.name),
+        f"its images are bytes (uint8), and {type(assembly.model(role)).__name__} of "
+        f"{path_text(_place_of(assembly.stage, role), experiment.document.data)} takes floats "
+        f"({first_line(error)}); end its transforms with {TO_FLOATS}",
+    )
 
 
 def _place_of(stage: Stage, role: str) -> Path:

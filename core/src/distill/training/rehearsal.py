@@ -92,7 +92,7 @@ def rehearse(
                 _run_alone(experiment, assembly, source, role, batch)
                 copied += _copy_overwritten(experiment, assembly, role)
         distiller.cut(batch)
-    with _as_in_training(assembly, batch), failures_told(experiment, assembly):
+    with _as_in_training(assembly, batch), failures_told(experiment, assembly, batch):
         set_up(distiller, assembly.parts, source, batch, seed)
     assembly.parts.restore()
     freeze(builder, assembly)
@@ -100,7 +100,7 @@ def rehearse(
         _as_in_training(assembly, batch),
         buffers_kept(distiller),
         _called_modules() as called,
-        failures_told(experiment, assembly),
+        failures_told(experiment, assembly, batch),
     ):
         values = distiller.values(batch)
         _check_classes(experiment, assembly, source, values)
