@@ -1,10 +1,13 @@
+import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from distill.cli import main
 
@@ -169,9 +172,17 @@ def test_run_eval_and_inspect_of_a_small_experiment(distill, exp):
     )
     table = measured.stdout.split("accuracy ")[1].strip()
     assert f"test: accuracy {table}" in result.stdout
+    before = distill("eval", "runs/toy", "--stage", "distil", "--model", "teacher")
+    assert before.stdout.startswith(
+        "model wide, last of stage teach (stage distil does not train it), seed 3, on data set val:"
+    )
+    own = distill("eval", "runs/toy", "--stage", "teach")
+    assert own.stdout.startswith("model wide, last of stage teach, seed 3, on data set val:\n")
     changed = distill("run", exp)
     assert changed.exit_code == 2
     assert "stages.teach.epochs: 1 -> 2" in changed.stderr
+    command = f"`distill run {exp} -s stages.teach.epochs=1 -s 'observers=[Console, ResultFiles]'`"
+    assert f"to go on with it, write {command}" in changed.stderr
     shown = distill("inspect", exp, "--model", "wide")
     assert "wide: (2, 4) -> (2, 3)" in shown.stdout
 
@@ -238,6 +249,81 @@ def test_an_interruption_says_how_to_go_on(distill, exp, monkeypatch):
     result = distill("run", exp)
     assert result.exit_code == 75
     assert "the same command goes on from the end of the last epoch" in result.stderr
+
+
+def python(code, *arguments, **variables):
+    """Run code in a process of its own; return the signal or code that ended it, and its words."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return -done.returncode, done.stderr
+
+
+ENDED = """
+import os, signal, sys
+import distill.experiment_file
+from distill.cli import main
+end = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+distill.experiment_file.open_experiment = end
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["run"], "goes on from the end of the last epoch, if one has ended"),
+        (["store", "build"], "what is stored stays, and the same command goes on"),
+    ],
+    ids=["run", "store build"],
+)
+def test_a_request_to_end_is_one_line_that_says_how_to_go_on(exp, command, said):
+    ended, told = python(ENDED, *command, exp)
+    assert ended == signal.SIGTERM
+    (line,) = told.strip().splitlines()
+    assert line.startswith("ended by SIGTERM; ")
+    assert said in line
+
+
+ENDED_IN = """
+import os, signal, sys
+from distill.cli_errors import told_if_ended
+with told_if_ended("it goes on"):
+    if "forked" in sys.argv and os.fork():
+        sys.exit(-os.WTERMSIG(os.wait()[1]))
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_what_works_for_a_process_or_beside_it_ends_without_a_word():
+    assert python(ENDED_IN) == (signal.SIGTERM, "\nended by SIGTERM; it goes on\n")
+    assert python(ENDED_IN, RANK="0") == (signal.SIGTERM, "")
+    code, told = python(ENDED_IN, "forked")
+    assert (-code, told) == (256 - signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "heard"), [(signal.SIGINT, []), (signal.SIGTERM, [signal.SIGTERM])]
+)
+def test_who_starts_several_processes_ends_by_a_request_as_one_does(monkeypatch, asked, heard):
+    from distill import launcher
+
+    def interrupted(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch, too, puts its own in its place
+        raise SignalException("", asked)
+
+    monkeypatch.setattr(launcher, "elastic_launch", lambda *_: interrupted)
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        assert launcher.launch(2, ["run"]) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == heard
 
 
 def test_other_ranks_say_nothing(distill, exp, experiment_text, monkeypatch):

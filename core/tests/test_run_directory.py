@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from distill import ConfigError, StorageError, load
-from distill.run_directory import GIVEN, RESOLVED, open_run, seed_directory
+from distill.run_directory import GIVEN, OVERRIDES, RESOLVED, open_run, seed_directory
 
 
 @pytest.fixture
@@ -107,6 +107,53 @@ def test_every_key_that_differs_is_named(tmp_path, experiment):
         "  stages.teach.epochs: 2 -> 7",
         "  stages.distil.epochs: 2 -> 7",
     ]
+
+
+def said_of_another(tmp_path, experiment):
+    with pytest.raises(ConfigError) as caught, open_run(tmp_path, experiment):
+        pass
+    return str(caught.value).splitlines()[0]
+
+
+def test_values_given_by_s_that_are_forgotten_are_named_with_the_command(tmp_path, experiment):
+    start(tmp_path, experiment("log_every=6", "observers=[{type: Console}]"))
+    file = tmp_path / "exp.yaml"
+    said = said_of_another(tmp_path, experiment("observers=[{type: Console}]"))
+    command = f"distill run {file} -s log_every=6 -s 'observers=[{{type: Console}}]'"
+    assert (
+        f"holds a run of this file with other values from -s; to go on with it, write `{command}`"
+        in said
+    )
+    assert "another version" not in said
+
+
+def test_values_given_by_s_for_the_first_time_are_told_from_a_changed_file(tmp_path, experiment):
+    start(tmp_path, experiment())
+    said = said_of_another(tmp_path, experiment("log_every=6"))
+    assert (
+        f"with other values from -s; to go on with it, write `distill run {tmp_path}/exp.yaml` ("
+        in said
+    )
+
+
+def test_a_changed_file_is_named_beside_forgotten_values(tmp_path, experiment, experiment_text):
+    start(tmp_path, experiment("log_every=6"))
+    (tmp_path / "exp.yaml").write_text(experiment_text.replace("seed: 3", "seed: 4"))
+    said = said_of_another(tmp_path, experiment())
+    command = f"distill run {tmp_path}/exp.yaml -s log_every=6"
+    assert f"holds a run of another version of this file, begun with `{command}`; give" in said
+    said = said_of_another(tmp_path, experiment("log_every=6"))
+    assert "holds a run of another version of this file; give" in said
+
+
+def test_of_a_run_that_kept_no_values_of_s_nothing_is_said_of_them(tmp_path, experiment):
+    directory = start(tmp_path, experiment("log_every=6"))
+    (directory / OVERRIDES).unlink()
+    assert "holds a run of another version of this file; give" in said_of_another(
+        tmp_path, experiment()
+    )
+    with open_run(tmp_path, experiment("log_every=6")):
+        pass
 
 
 def test_a_second_process_is_refused_and_let_in_when_the_first_is_gone(tmp_path, experiment):

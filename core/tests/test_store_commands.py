@@ -138,7 +138,7 @@ def test_what_somebody_has_open_is_neither_removed_nor_garbage(stores):
     code, said = command("remove", "abcdefgh01", "b", "--yes")
     assert (code, len(names(stores))) == (6, 3)
     assert "stores/b is in use by a run or a build" in said
-    assert "stores/b is in use, and stays" in command("gc", "--unused", "0")[1]
+    assert "stores/b is in use, and stays" in command("gc", "--unused", "0", "--yes")[1]
     assert names(stores) == ["b"]
     filling.release()
     assert command("remove", "b", "--yes")[0] == 0
@@ -156,6 +156,50 @@ def test_a_removal_that_was_killed_is_in_nobodys_way(stores):
     shutil.copytree(stores / "b", stores / ".b.removed")
     assert remove(stores / "b") > 0
     assert names(stores) == ["abcdefgh01", "abcdefgh02"]
+
+
+@pytest.mark.parametrize(("days", "said"), [("30", "30 days"), ("1", "1 day"), ("2.5", "2.5 days")])
+def test_where_nothing_is_to_be_removed_it_is_said_what_was_looked_for(stores, days, said):
+    looked_for = f"none damaged, half made or unused for {said}"
+    for more in ([], ["--dry-run"]):
+        told = command("gc", "--unused", days, *more)
+        assert told == (0, f"nothing to remove in stores ({looked_for})\n")
+    assert len(names(stores)) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "left"),
+    [("y\n", 0, 0), ("n\n", 0, 3), ("", 2, 3)],
+    ids=["yes", "no", "nobody"],
+)
+def test_stores_of_today_are_collected_after_a_question_only(stores, answer, code, left):
+    ended, said = command("gc", "--unused", "0", answer=answer)
+    assert (ended, len(names(stores))) == (code, left)
+    rows = [line for line in said.splitlines() if "wide (ToyMLP)" in line]
+    assert len(rows) == 3
+    assert "remove these stores from stores (0.2 kB)?" in said
+    assert ("nothing is removed\n" in said) == answer.startswith("n")
+
+
+def test_nothing_is_asked_of_what_is_old_damaged_or_would_only_be_named(stores):
+    would = command("gc", "--unused", "0", "--dry-run")[1]
+    assert sorted(line.partition(" (")[0] for line in would.splitlines()) == [
+        "0.2 kB to be freed",
+        *(f"would remove stores/{name}" for name in ("abcdefgh01", "abcdefgh02", "b")),
+    ]
+    unused_for(stores / "abcdefgh01", days=40)
+    cut(stores / "b")
+    code, said = command("gc")
+    assert (code, names(stores)) == (0, ["abcdefgh02"])
+    assert "?" not in said
+    unused_for(stores / "abcdefgh02", days=2)
+    assert command("gc", "--unused", "1.5")[0] == 0
+    assert names(stores) == []
+
+
+def unused_for(store, days):
+    then = (store / META).stat().st_mtime - days * 86_400
+    os.utime(store / META, (then, then))
 
 
 COMMANDS = {"ls": [], "verify": [], "gc": [], "remove": ["x"]}
@@ -235,7 +279,7 @@ def test_other_folders_are_named_and_left_alone(stores):
     for verb in ("ls", "verify"):
         code, said = command(verb)
         assert (code, said.splitlines()[-1]) == (0, "no store: photos")
-    command("gc", "--unused", "0")
+    command("gc", "--unused", "0", "--yes")
     assert names(stores) == ["photos"]
     assert command("ls") == (0, "no stores in stores\nno store: photos\n")
 
@@ -318,6 +362,15 @@ def test_a_build_says_first_what_it_makes_and_last_what_is_there(tmp_path):
     assert re.fullmatch(r"  measuring on val .*", said[2])
     assert re.fullmatch(r"  teacher: accuracy 0\.\d{4}", said[3])
     assert said[-1] == "  teacher: 40 of 40 rows are there"
+
+
+def test_a_store_has_the_size_in_a_list_that_it_had_when_it_was_built(tmp_path):
+    size = re.search(r" = 40 rows, (\S+ kB), in ", built(tmp_path)[0])[1]
+    (folder,) = (tmp_path / "stores").iterdir()
+    at = ("--stores", str(tmp_path / "stores"))
+    assert size in command("ls", *at)[1]
+    assert f"({size})" in command("gc", "--unused", "0", "--dry-run", *at)[1]
+    assert f"removed {folder} ({size})" in command("remove", folder.name, "--yes", *at)[1]
 
 
 def test_a_build_that_was_stopped_says_how_much_was_there(tmp_path, monkeypatch):

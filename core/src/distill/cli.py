@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from distill.cli_data import data
-from distill.cli_errors import Group
+from distill.cli_errors import GOES_ON, Group, told_if_ended
 from distill.cli_options import plugin_option, remote_code_option, set_option, stores_option
 from distill.cli_plugins import cat, cp, ls, plugins
 from distill.cli_quick import quick
@@ -75,6 +75,7 @@ for command in (plugins, ls, cat, cp, data, store):
     help="Train on this machine with several processes (one a GPU, or CPUs). Under torchrun: "
     "torchrun --nproc-per-node N -m distill run FILE.",
 )
+@told_if_ended(GOES_ON)
 def run(
     file: Path,
     overrides: Sequence[str],

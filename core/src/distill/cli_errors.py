@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -14,6 +18,7 @@ from distill.errors import ConfigError, DistillError, NumericalError, PluginErro
 BUG = 70
 RESUMABLE = 75
 FOUND_BY_ALL = (ConfigError, NumericalError, PluginError, UsageError)
+GOES_ON = "the same command goes on from the end of the last epoch, if one has ended"
 
 
 class Group(click.Group):
@@ -27,8 +32,7 @@ class Group(click.Group):
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
-                end = "the end of the last epoch, if one has ended"
-                click.echo(f"\nstopped; the same command goes on from {end}", err=True)
+                click.echo(f"\nstopped; {GOES_ON}", err=True)
             ctx.exit(RESUMABLE)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -46,6 +50,33 @@ class Group(click.Group):
                 traceback.print_exc()
                 click.echo("this is a bug of distill or of a plugin; please report it", err=True)
             ctx.exit(BUG)
+
+
+@contextmanager
+def told_if_ended(text: str) -> Iterator[None]:
+    """Say something on SIGTERM, which schedulers send, before the process ends by it as ever.
+
+    Not in one of several processes: while it waits for the others nothing of Python's is reached,
+    and what started them, which would wait for it in turn, can say it once for all.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if "RANK" in os.environ or not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    own = os.getpid()
+
+    def end(*_: object) -> None:
+        if os.getpid() == own:  # and not a worker that was forked
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, f"\nended by SIGTERM; {text}\n".encode())  # click may be writing
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_lost_contact(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.cli_errors import RESUMABLE, Group
+from distill.cli_errors import RESUMABLE, Group, told_if_ended
 from distill.cli_options import plugin_option, remote_code_option, set_option, stores_option
 from distill.errors import StorageError, UsageError
 
@@ -82,12 +82,14 @@ def build(
 
 @contextmanager
 def _going_on() -> Iterator[None]:
-    """Say, if a person stops what is done meanwhile, that it need not be begun anew."""
+    """Say, if what is done meanwhile is stopped, that it need not be begun anew."""
+    goes_on = "what is stored stays, and the same command goes on"
     try:
-        yield
+        with told_if_ended(goes_on):
+            yield
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            click.echo("\nstopped; what is stored stays, and the same command goes on", err=True)
+            click.echo(f"\nstopped; {goes_on}", err=True)
         sys.exit(RESUMABLE)
 
 
@@ -324,16 +326,30 @@ def remove(names: Sequence[str], yes: bool, stores: Path) -> None:
             f"{', '.join(used)} {is_or_are} in use by a run or a build; end that first "
             "(nothing has been removed)"
         )
-    size = size_text(sum(entry.nbytes for entry in chosen))
-    if not yes:
-        length = _shown(entry.name for entry in there)
-        _table([_cells(entry, length) for entry in chosen])
-        which = "these stores" if chosen[1:] else "this store"
-        if not _is_wanted(f"remove {which} from {stores} ({size})?"):
-            click.echo("nothing is removed")
-            return
+    if not (yes or _may_go(chosen, there, stores)):
+        return
     for entry in chosen:
         click.echo(f"removed {entry.folder} ({size_text(remove_store(entry.folder))})")
+
+
+def _may_go(chosen: Sequence[Entry], there: Iterable[Entry], stores: Path) -> bool:
+    """Show stores and ask whether they are to be removed, and say so if they are not.
+
+    Args:
+        chosen: the stores.
+        there: stores that the names shown tell them apart from.
+        stores: the folder that they are in.
+    """
+    from distill.store.folder import size_text
+
+    length = _shown(entry.name for entry in there)
+    _table([_cells(entry, length) for entry in chosen])
+    which = "these stores" if chosen[1:] else "this store"
+    size = size_text(sum(entry.nbytes for entry in chosen))
+    is_wanted = _is_wanted(f"remove {which} from {stores} ({size})?")
+    if not is_wanted:
+        click.echo("nothing is removed")
+    return is_wanted
 
 
 def _is_wanted(question: str) -> bool:
@@ -354,22 +370,39 @@ def _is_wanted(question: str) -> bool:
     help="Remove stores that no run has opened for so many days.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would go, and leave it there.")
+@click.option("--yes", "-y", is_flag=True, help="Remove them without asking.")
 @stores_option
-def gc(unused: float, dry_run: bool, stores: Path) -> None:
+def gc(unused: float, dry_run: bool, yes: bool, stores: Path) -> None:
     """Remove stores that are damaged, left half made or unused for long.
 
     Damaged is what no run can use, half made what a process left that died while it made the files;
     rows that are still to be filled are neither. Of single damaged rows see `distill store
-    verify`. What a run or a build has open stays.
+    verify`. What a run or a build has open stays. Before stores go that were used within the last
+    day, as with `--unused 0`, it asks.
     """
-    from distill.store.folder import garbage, is_used, remove, size_of, size_text
+    from distill.store.folder import garbage, is_used, remove, size_text
 
+    found = garbage(stores, unused)
+    if not found:
+        days = f"{unused:g} day{'' if unused == 1 else 's'}"
+        click.echo(f"nothing to remove in {stores} (none damaged, half made or unused for {days})")
+        return
+    used = [entry for entry in found if is_used(entry.folder)]
+    for entry in used:
+        click.echo(f"{entry.folder} is in use, and stays")
+    going = [entry for entry in found if entry not in used]
+    asks = not (yes or dry_run) and any(_is_recent(entry) for entry in going)
+    if asks and not _may_go(going, going, stores):
+        return
     freed = 0
-    for folder in garbage(stores, unused):
-        if is_used(folder):
-            click.echo(f"{folder} is in use, and stays")
-            continue
-        nbytes = size_of(folder) if dry_run else remove(folder)
+    for entry in going:
+        nbytes = entry.nbytes if dry_run else remove(entry.folder)
         freed += nbytes
-        click.echo(f"{'would remove' if dry_run else 'removed'} {folder} ({size_text(nbytes)})")
+        verb = "would remove" if dry_run else "removed"
+        click.echo(f"{verb} {entry.folder} ({size_text(nbytes)})")
     click.echo(f"{size_text(freed)} {'to be freed' if dry_run else 'freed'}")
+
+
+def _is_recent(entry: Entry) -> bool:
+    """Whether a store can be used, and was within the last day."""
+    return entry.state in ("sound", "of another version") and entry.unused < 1

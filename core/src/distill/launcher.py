@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -34,9 +35,13 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
+    at_end = signal.getsignal(signal.SIGTERM)
     try:
         elastic_launch(config, sys.executable)("-m", "distill", *arguments)
-    except SignalException:  # Ctrl-C or a request to end; the processes were told too
+    except SignalException as error:  # of which the processes were told too
+        if error.sigval == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, at_end)  # torch has put its own in its place
+            signal.raise_signal(signal.SIGTERM)
         return RESUMABLE
     except ChildFailedError as error:
         _, failure = error.get_first_failure()

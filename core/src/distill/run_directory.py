@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,14 +14,17 @@ import yaml
 
 from distill import distributed
 from distill.config.experiment import Experiment
-from distill.config.yaml_document import read
+from distill.config.yaml_document import Document, read
 from distill.config.yaml_values import plain_value
 from distill.errors import ConfigError, Fault, StorageError, as_yaml
 from distill.training.checkpoint import write_atomically
 
 GIVEN = "experiment.yaml"
+OVERRIDES = "overrides.json"
 RESOLVED = "resolved.yaml"
 LOCK = ".lock"
+OF_ALL = (GIVEN, OVERRIDES, RESOLVED, LOCK)
+"""What a run's folder holds before the run begins."""
 _ABSENT = object()
 
 
@@ -64,9 +69,9 @@ def _remove_unbegun(made: Sequence[Path]) -> None:
         made: the folders that were not there before, the run's first.
     """
     with suppress(OSError):  # what cannot be removed may stay: it is in nobody's way
-        if not made or {file.name for file in made[0].iterdir()} - {GIVEN, RESOLVED, LOCK}:
+        if not made or {file.name for file in made[0].iterdir()} - {*OF_ALL}:
             return
-        for name in (GIVEN, RESOLVED, LOCK):
+        for name in OF_ALL:
             (made[0] / name).unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()
@@ -112,9 +117,13 @@ def _claim(directory: Path, experiment: Experiment) -> None:
         if changes:
             raise ConfigError([_changed(directory, experiment, changes)])
         return
-    text = experiment.document.text
-    write_atomically(directory / GIVEN, lambda file: file.write_text(text, "utf-8"))
-    write_atomically(resolved, lambda file: file.write_text(resolved_text(experiment), "utf-8"))
+    _write(directory / GIVEN, experiment.document.text)
+    _write(directory / OVERRIDES, json.dumps(experiment.document.overrides))
+    _write(resolved, resolved_text(experiment))
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
 
 
 def _read(resolved: Path) -> Any:
@@ -128,11 +137,32 @@ def _read(resolved: Path) -> Any:
 
 def _changed(directory: Path, experiment: Experiment, changes: list[str]) -> Fault:
     listed = "".join(f"\n  {change}" for change in changes)
+    begun = _begun(directory, experiment.document)
     return Fault(
-        f"{directory} holds a run of another version of this file; give this one another name "
-        f"(-s name=NEW), or move that run away. What differs:{listed}",
+        f"{directory} holds a run of {begun} give this one another name (-s name=NEW), or move "
+        f"that run away. What differs:{listed}",
         "name",
         experiment.document.locate(("name",)),
+    )
+
+
+def _begun(directory: Path, document: Document) -> str:
+    """Return what a run was begun from and, if that can be told, how to go on with it."""
+    other = "another version of this file"
+    try:
+        overrides = json.loads((directory / OVERRIDES).read_text("utf-8"))
+        given = (directory / GIVEN).read_text("utf-8")
+    except (OSError, ValueError):  # earlier versions kept no overrides
+        return f"{other};"
+    if overrides == list(document.overrides):
+        return f"{other};"
+    options = [word for override in overrides for word in ("-s", override)]
+    command = shlex.join(["distill", "run", document.file, *options])
+    if given.splitlines() != document.text.splitlines():
+        return f"{other}, begun with `{command}`;"
+    return (
+        f"this file with other values from -s; to go on with it, write `{command}` (and other "
+        "options as before). Else"
     )
 
 

@@ -20,8 +20,7 @@ from distill.experiment_check import check_to_run
 from distill.model.distiller import Distiller
 from distill.model.stored import Outputs
 from distill.registry import Registry
-from distill.store.folder import size_text
-from distill.store.rows import CHECK
+from distill.store.folder import size_of, size_text
 from distill.training.build import Builder
 from distill.training.in_memory import keep_data
 from distill.training.measuring import Measuring
@@ -154,10 +153,9 @@ def _tell_stores(
 
 def _rows_of(stage: Stage, outputs: Outputs) -> str:
     """Return how many rows a store has, what they take, and where."""
-    rows, width = len(outputs.rows), outputs.form.layout.width
+    rows, folder = len(outputs.rows), outputs.rows.folder
     each = f" x {counted(stage.data.views, 'view')}" if stage.data.views else ""
-    size = size_text(rows * (width + CHECK.itemsize))
-    return f"{each} = {counted(rows, 'row')}, {size}, in {outputs.rows.folder}"
+    return f"{each} = {counted(rows, 'row')}, {size_text(size_of(folder))}, in {folder}"
 
 
 def _there(outputs: Outputs) -> str:

@@ -82,13 +82,16 @@ def trained_model(
     if directory is None or not trained:
         origin = experiment.models[name].checkpoint
         return model, f"model {name} ({origin or 'as the file builds it, not trained here'})"
-    folder = seed_directory(directory, experiment, seed) / trained[-1].name
-    weights, file = _file(trained[-1], name, choice.weights)
+    last = trained[-1]
+    folder = seed_directory(directory, experiment, seed) / last.name
+    weights, file = _file(last, name, choice.weights)
     try:
         load_weights(model, folder / f"{file}.safetensors")
     except ValueError as error:
         raise StorageError(f"the run has no weights of '{name}': {error}") from error
-    return model, f"model {name}, {weights} of stage {trained[-1].name}, seed {seed}"
+    is_other = choice.stage not in (None, last.name)
+    why = f" (stage {choice.stage} does not train it)" if is_other else ""
+    return model, f"model {name}, {weights} of stage {last.name}{why}, seed {seed}"
 
 
 def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:

@@ -26,12 +26,14 @@ class Document:
         locations: for an entry of a mapping where its key stands, for an item of a list where
             the item stands; ``()`` is the whole.
         text: what was read.
+        overrides: assignments that ``data`` has taken since.
     """
 
     file: str
     data: dict[str, Any]
     locations: Mapping[Path, Location]
     text: str = ""
+    overrides: tuple[str, ...] = ()
 
     def locate(self, path: Path) -> Location:
         """Return where ``path`` stands, or the nearest place around it that is in the file."""
@@ -125,7 +127,8 @@ def override(document: Document, assignments: Sequence[str]) -> Document:
             faults.append(Fault(str(error), keys if equals else "", at))
     if faults:
         raise ConfigError(faults)
-    return Document(document.file, data, locations, document.text)
+    done = (*document.overrides, *assignments)
+    return Document(document.file, data, locations, document.text, done)
 
 
 def _assign(

@@ -15,7 +15,7 @@ import numpy
 
 from distill.errors import StorageError
 from distill.store.measured import MEASURED
-from distill.store.rows import META, OtherVersion, Rows, open_rows, read_meta
+from distill.store.rows import CHECKS, META, ROWS, OtherVersion, Rows, open_rows, read_meta
 from distill.store.use import is_held, kept_to_itself
 
 BLOCK = 4096
@@ -23,7 +23,7 @@ BLOCK = 4096
 BEING_MADE = 3600
 """Seconds after which a store that is still being made belongs to a process that has died."""
 DAY = 86_400
-State = Literal["sound", "damaged", "of another version", "no store"]
+State = Literal["sound", "damaged", "half made", "of another version", "no store"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Entry:
     Attributes:
         meta: what it says of itself; ``None`` unless it is sound.
         filled: rows that have been written.
-        nbytes: on disk.
+        nbytes: what its rows and their checks take on disk.
         unused: days since it was last opened.
         views: how many of a sample's views are there for all samples, and how many there are.
-        state: whether it can be used, or why not; ``no store`` is a folder with something else in.
+        state: whether it can be used, or why not; ``half made`` is what a process left behind,
+            ``no store`` a folder with something else in.
     """
 
     folder: Path
@@ -137,7 +138,7 @@ def verify(store: Path) -> tuple[int, int]:
     return filled, damaged
 
 
-def garbage(stores: Path, unused_days: float) -> list[Path]:
+def garbage(stores: Path, unused_days: float) -> list[Entry]:
     """Return what of a folder can go: stores that nobody has used for long, or can use.
 
     Of others' folders nothing is returned: only what looks like a store, or like one being made.
@@ -147,24 +148,30 @@ def garbage(stores: Path, unused_days: float) -> list[Path]:
         StorageError: if there is no such folder, or it cannot be looked into.
     """
     found = [
-        entry.folder
+        entry
         for entry in entries(stores)
         if _is_store(entry.folder) and (entry.state == "damaged" or entry.unused > unused_days)
     ]
     hidden = [path for path in _folders(stores) if path.name.startswith(".") and _is_store(path)]
-    return found + [path for path in hidden if _age(path / META) > BEING_MADE]
+    ages = [(path, _age(path / META)) for path in hidden]
+    return found + [
+        Entry(path, None, 0, size_of(path), age / DAY, state="half made")
+        for path, age in ages
+        if age > BEING_MADE
+    ]
 
 
 def _is_store(folder: Path) -> bool:
     """Whether a folder holds nothing but what a store does."""
-    known = {"rows.bin", "checks.bin", META, MEASURED}
+    known = {ROWS, CHECKS, META, MEASURED}
     names = {file.name for file in _files(folder) if not file.name.startswith(".measured")}
     return bool(names) and names <= known
 
 
 def size_of(store: Path) -> int:
-    """Return how many bytes the files of a store have."""
-    return sum(file.stat().st_size for file in _files(store) if file.is_file())
+    """Return how many bytes a store's rows and their checks take; all else are a few kB."""
+    kept = [file for file in _files(store) if file.name in (ROWS, CHECKS) and file.is_file()]
+    return sum(file.stat().st_size for file in kept)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -179,7 +186,7 @@ def is_used(store: Path) -> bool:
 
 
 def remove(store: Path) -> int:
-    """Remove a store and return how many bytes it had.
+    """Remove a store and return how many bytes its rows and their checks had.
 
     Raises:
         StorageError: if it is in use, holds what is none of a store's, or cannot be removed.

@@ -60,9 +60,7 @@ def identity(
     teacher, data = stage.teachers[role], stage.data
     built_from = _built_from(builder, teacher)
     factories = [
-        builder.registry.find(kind, component.type).factory
-        for kind, components in built_from.items()
-        for component in components
+        builder.registry.find(kind, component.type).factory for kind, component in built_from
     ]
     described = builder.experiment.datasets[data.train]
     return {
@@ -74,7 +72,7 @@ def identity(
             "special": _plain(teacher.special),
             "fast": asdict(teacher.fast) if teacher.fast is not None else None,
             "precision": stage.precision,
-            "files": _files(component for each in built_from.values() for component in each),
+            "files": _files(component for _, component in built_from),
             "code": code_of([*factories, *map(type, model.modules())]),
             "distill": hash_of_files(COMPUTES),
         },
@@ -152,15 +150,16 @@ def _model(builder: Builder, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _built_from(builder: Builder, teacher: Teacher) -> dict[str, list[Component]]:
-    """Return what builds a teacher and what is put around it, by kind."""
+def _built_from(builder: Builder, teacher: Teacher) -> list[tuple[str, Component]]:
+    """Return what builds a teacher and what is put around it, each with its kind."""
     described = builder.experiment.models[teacher.model]
-    redesigners = [c for c in (described.redesign, teacher.redesign) if c is not None]
-    return {
-        "models": [described.component],
-        "model_redesigners": redesigners,
-        "special_modules": [teacher.special] if teacher.special is not None else [],
-    }
+    around = [
+        ("model_redesigners", described.redesign),
+        ("model_redesigners", teacher.redesign),
+        ("special_modules", teacher.special),
+    ]
+    given = [(kind, component) for kind, component in around if component is not None]
+    return [("models", described.component), *given]
 
 
 def described_data(described: Dataset) -> dict[str, Any]:
