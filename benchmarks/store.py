@@ -4,8 +4,8 @@
 sample, and a store of as many samples as ImageNet has, filled and read.
 ``epochs``: a ResNet-18 learning from ResNets: by hand, by torchdistill where it is installed, by
 distill without a store, filling one and reading it, and the same loop with targets for free.
-Augmentation is on: each epoch takes a view of every sample. Each turn is an epoch of every side, of
-which filling begins with an empty store.
+Augmentation is on: each epoch takes a view of every sample. Each turn is an epoch of every side, a
+fifth at a time, of which filling begins with an empty store.
 ``views``: an epoch of distillation with four views taken from each decoding of a JPEG and the
 teacher's logits stored, against an epoch of plain training, which decodes every image.
 
@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -55,6 +54,10 @@ CROPS = (32, 64)
 """The larger a crop, the more the student takes beside the decoding."""
 WIDTH, IMAGENET, BATCH = 2_000, 1_281_167, 64
 EPOCHS_BATCH = 16
+PARTS = 5
+"""An epoch's parts, which take turns, so that a slow minute of the machine is every side's."""
+Batches = Callable[[], Iterator[Batch]]
+"""Gives those of an epoch."""
 UNTRAINED = {"zero_init_residual": True}
 """Of teachers; else an untrained ResNet-101 gives more than float16 holds."""
 EPOCHS = ["by hand", "torchdistill", "no store", "filling", "stored", "free targets"]
@@ -115,28 +118,35 @@ class Side:
     plan: Any
     stores: Mapping[str, Outputs]
 
-    def epoch(self, number: int = 0, steps: int | None = None) -> None:
-        """Train for one epoch as `distill run` does, or for its first steps."""
+    def batches(self) -> Iterator[Batch]:
+        """Return the batches of an epoch, with what is stored for them."""
         stage = self.run.builder.experiment.stages[0]
         batches = training_batches(
             self.source,
             self.plan,
             seed=0,
-            epoch=number,
+            epoch=0,
             fingerprints=fingerprints_wanted(stage, self.stores),
         )
-        chosen = islice(batches, steps)
-        self.loop.epoch(with_stored(chosen, self.stores, number), epoch=number)
+        return with_stored(batches, self.stores, 0)
+
+    def train(self, batches: Iterable[Batch]) -> None:
+        """Train on some of them as `distill run` does."""
+        self.loop.epoch(iter(batches))
+
+    def epoch(self) -> None:
+        """Train for one epoch."""
+        self.train(self.batches())
 
     def forget(self) -> None:
         """Empty the stores."""
         for outputs in self.stores.values():
             outputs.rows.forget(numpy.arange(len(outputs.rows)))
 
-    def filling(self) -> None:
-        """Train for an epoch in which nothing is stored yet."""
+    def anew(self) -> Iterator[Batch]:
+        """Return the same, with nothing stored yet."""
         self.forget()
-        self.epoch()
+        return self.batches()
 
 
 def side(described: Mapping[str, Any], folder: Path, stack: ExitStack) -> Side:
@@ -191,12 +201,16 @@ def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
         " published |"
     )
     print("| --- " * 12 + "|")
+    steps = samples // EPOCHS_BATCH // PARTS
+    if samples != steps * EPOCHS_BATCH * PARTS:
+        raise SystemExit(f"--samples: write a multiple of {EPOCHS_BATCH * PARTS}")
     for teacher in teachers:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            works = works_of_scripts(teacher, samples, size)
-            works |= works_of_stages(teacher, samples, size, Path(folder), stack)
-            found = in_turns(list(works.values()), turns, CPU, warms_up=False)
-        took = dict(zip(works, found, strict=True))
+            sides = sides_of_scripts(teacher, samples, size)
+            sides |= sides_of_stages(teacher, samples, size, Path(folder), stack)
+            works = [in_parts(train, batches, steps) for train, batches in sides.values()]
+            found = in_turns(works, turns * PARTS, CPU, warms_up=False)
+        took = dict(zip(sides, map(whole, found), strict=True))
         cells = [f"{median(took[name]):.2f}" if name in took else "" for name in EPOCHS]
         no, stored = took["no store"], took["stored"]
         cells += [f"{ratio(took['filling'], no):.3f}", f"{ratio(stored, took['free targets']):.3f}"]
@@ -205,10 +219,21 @@ def epochs(turns: int, samples: int, size: int, teachers: list[str]) -> None:
         print(f"| {teacher} | {' | '.join(cells)} |", flush=True)
 
 
-def works_of_stages(
+def in_parts(train: Train, batches: Batches, steps: int) -> Callable[[], None]:
+    """Return a work that trains for so many steps, of one epoch after the other."""
+    endless = chain.from_iterable(batches() for _ in count())
+    return lambda: train(islice(endless, steps))
+
+
+def whole(parts: Sequence[float]) -> list[float]:
+    """Return the seconds of epochs from those of their parts."""
+    return [sum(parts[first : first + PARTS]) for first in range(0, len(parts), PARTS)]
+
+
+def sides_of_stages(
     teacher: str, samples: int, size: int, folder: Path, stack: ExitStack
-) -> dict[str, Callable[[], None]]:
-    """Return works that train for an epoch as a stage does, warm; of stored ones all is stored."""
+) -> dict[str, tuple[Train, Batches]]:
+    """Return how a stage trains and on what, warm; of stored ones all is stored."""
     transforms = [{"type": name, "params": params} for name, params in augmented(size).items()]
     params = {"samples": samples, "size": size}
     dataset = {"type": "Images", "params": params, "transforms": transforms}
@@ -222,27 +247,26 @@ def works_of_stages(
     free = side(described("Free", data, dataset), folder / "free", stack)
     bf16 = side(reduced, folder / "bf16", stack)
     for one in (plain, filling, free):
-        one.epoch(steps=WARM_UP)
+        one.train(islice(one.batches(), WARM_UP))
     for one in (stored, bf16):
         one.epoch()
     return {
-        "no store": plain.epoch,
-        "filling": filling.filling,
-        "stored": stored.epoch,
-        "free targets": free.epoch,
-        "stored, bf16": bf16.epoch,
+        "no store": (plain.train, plain.batches),
+        "filling": (filling.train, filling.anew),
+        "stored": (stored.train, stored.batches),
+        "free targets": (free.train, free.batches),
+        "stored, bf16": (bf16.train, bf16.batches),
     }
 
 
-def works_of_scripts(teacher: str, samples: int, size: int) -> dict[str, Callable[[], None]]:
-    """Return works that train for an epoch by hand and by torchdistill, warm, without a store."""
+def sides_of_scripts(teacher: str, samples: int, size: int) -> dict[str, tuple[Train, Batches]]:
+    """Return how one trains by hand and by torchdistill, without a store, and on what, warm."""
     transforms = augmented(size) | {"ToDtype": {"dtype": torch.float32, "scale": True}}
     images = Transformed(Images(samples, size), transforms)
     loader = DataLoader(images, EPOCHS_BATCH, shuffle=True)
 
-    def epoch(train: Train, steps: int | None = None) -> None:
-        batches = (Batch(inputs, labels, torch.arange(len(labels))) for inputs, labels in loader)
-        train(islice(batches, steps))
+    def batches() -> Iterator[Batch]:
+        return (Batch(inputs, labels, torch.arange(len(labels))) for inputs, labels in loader)
 
     deep = getattr(torchvision.models, teacher)(**UNTRAINED).eval().requires_grad_(False)
 
@@ -255,8 +279,8 @@ def works_of_scripts(teacher: str, samples: int, size: int) -> dict[str, Callabl
         student = torchvision.models.resnet18()
         trains["torchdistill"] = by_torchdistill(deep, student, CPU, TEMPERATURE, ALPHA)
     for train in trains.values():
-        epoch(train, WARM_UP)
-    return {name: partial(epoch, train) for name, train in trains.items()}
+        train(islice(batches(), WARM_UP))
+    return {name: (train, batches) for name, train in trains.items()}
 
 
 def augmented(size: int) -> dict[str, dict[str, Any]]:
@@ -347,8 +371,8 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="*", default=["rows", "epochs", "views"])
-    parser.add_argument("--turns", type=int, default=4, help="epochs of each side")
-    parser.add_argument("--samples", type=int, default=640, help="images of an epoch")
+    parser.add_argument("--turns", type=int, default=6, help="epochs of each side")
+    parser.add_argument("--samples", type=int, default=320, help="images of an epoch")
     parser.add_argument("--size", type=int, default=64, help="height and width of these images")
     parser.add_argument("--photos", type=int, default=192, help="JPEGs that views are taken of")
     parser.add_argument("--rows", type=int, default=IMAGENET)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_all_bad_samples_are_named_with_their_files_and_skipped_if_asked(file: P
     photos = file.parent / "photos"
     truncate(photos / "b" / "5.png")
     (photos / "a" / "0.png").write_bytes(b"no image")
-    refused = packed(file, "photos", "packed", *CHOSEN)
+    refused = packed(file, "photos", "packed", *CHOSEN, "--format", "raw")
     assert refused.exit_code == 5, refused.output
     *_, error, first, second = refused.stderr.splitlines()
     assert error == "error: 2 samples of 4 cannot be packed; --skip-bad leaves bad samples out"
@@ -204,7 +205,7 @@ def test_packing_that_is_killed_goes_on_to_the_same_bytes(file: Path, workers: s
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == (5 if workers == "1" else -signal.SIGKILL)
     assert "Traceback" not in killed.stderr
-    assert ("fewer --workers need less, and the same" in killed.stderr) == (workers == "1")
+    assert ("fewer --workers need less; with" in killed.stderr) == (workers == "1")
     assert {"images.bin", "packing.jsonl"} == contents(folder).keys()
     result = packed(file, "photos", "killed", *options)
     assert result.exit_code == 0, result.output
@@ -214,8 +215,8 @@ def test_packing_that_is_killed_goes_on_to_the_same_bytes(file: Path, workers: s
     assert contents(folder) == contents(file.parent / "whole")
 
 
-@pytest.mark.parametrize("other", ["quality", "order", "name", "labels"])
-def test_packing_of_other_files_labels_or_settings_begins_anew_and_says_so(
+@pytest.mark.parametrize("other", ["quality", "order", "name", "labels", "code"])
+def test_what_is_half_packed_of_other_files_labels_settings_or_code_is_refused(
     file: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     plugin = file.parent / "relabelled.py"
@@ -230,13 +231,24 @@ def test_packing_of_other_files_labels_or_settings_begins_anew_and_says_so(
         (photos / "a" / "2.png").rename(photos / "a" / "3.png")
     if other == "labels":
         monkeypatch.setenv("RELABELLED", "")
+    if other == "code":
+        plugin.write_text(f"{PLUGIN}\n# other\n", "utf-8")
     options += {"quality": ["--quality", "50"], "order": [*CHOSEN]}.get(other, [])
     result = packed(file, "photos", "packed", *options)
-    assert result.exit_code == 0, result.output
-    assert "\nbegun anew: what is half-packed there is no image of these files" in result.stderr
-    alone = packed(file, "photos", "alone", *options)
-    assert "begun anew" not in alone.stderr
-    assert contents(file.parent / "packed") == contents(file.parent / "alone")
+    assert result.exit_code == 2, result.output
+    assert "is half-packed with images of other files, labels, settings or code" in result.stderr
+    for half in (file.parent / "packed").iterdir():
+        half.unlink()
+    assert packed(file, "photos", "packed", *options).exit_code == 0
+
+
+def test_two_processes_do_not_pack_to_one_folder(file: Path) -> None:
+    with filelock.FileLock(file.parent / ".packed.lock"):
+        result = packed(file, "photos", "packed")
+    assert result.exit_code == 6, result.output
+    assert "another process is packing to" in result.stderr
+    assert packed(file, "photos", "packed").exit_code == 0
+    assert not list(file.parent.glob(".*.lock"))
 
 
 def test_a_file_that_is_lost_ends_packing_though_bad_ones_are_skipped(file: Path) -> None:

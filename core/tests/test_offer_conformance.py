@@ -53,6 +53,7 @@ def write(tmp_path, monkeypatch):
 
         class Suite(OfferConformance):
             package = importlib.import_module(name)
+            entry_point = name
 
         return Suite()
 
@@ -68,7 +69,7 @@ def failing(suite):
         try:
             getattr(suite, name)()
         except SkipTest:
-            assert name == "test_an_entry_point_names_the_package"
+            assert name == "test_the_entry_point_names_the_package"
         except AssertionError:
             found.append(name.removeprefix("test_"))
     return found
@@ -76,6 +77,20 @@ def failing(suite):
 
 def test_a_package_that_offers_what_it_has_passes(write):
     assert failing(write("losses", "", "")) == []
+
+
+def test_a_plugin_of_one_module_passes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    hook = SOURCE[SOURCE.index("@hookimpl") :].replace("{{", "{").replace("}}", "}")
+    source = f"from distill import hookimpl\n{LOSSES}\n{hook}"
+    tmp_path.joinpath("offering_alone.py").write_text(source)
+
+    class Suite(OfferConformance):
+        package = importlib.import_module("offering_alone")
+        entry_point = "alone"
+
+    del sys.modules["offering_alone"]
+    assert failing(Suite()) == []
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,20 @@ def test_stores_of_today_are_collected_after_a_question_only(stores, answer, cod
     assert ("nothing is removed\n" in said) == answer.startswith("n")
 
 
+def test_what_somebody_opens_while_the_question_stands_stays(stores, monkeypatch):
+    opened = []
+
+    def answered(question):
+        opened.append(open_rows(stores / "b"))
+        return True
+
+    monkeypatch.setattr("click.confirm", answered)
+    code, said = command("gc", "--unused", "0")
+    assert (code, names(stores)) == (0, ["b"])
+    assert "stores/b is in use, and stays" in said
+    opened[0].release()
+
+
 def test_nothing_is_asked_of_what_is_old_damaged_or_would_only_be_named(stores):
     would = command("gc", "--unused", "0", "--dry-run")[1]
     assert sorted(line.partition(" (")[0] for line in would.splitlines()) == [

@@ -324,6 +324,10 @@ COSINE = "CosineAnnealingLR has its lowest rate after T_max: "
         ([(1, "epochs", 1), (2, "epochs", None)], []),
         ([(3, "steps", 4), (2, "epochs", None)], []),
         ([(3, "epochs", 2), (1, "epochs", None)], [f"{COSINE}3 epochs, and acts for 2"]),
+        (
+            [(20, "steps", 20), (9, "epochs", None)],
+            ["CosineAnnealingLR goes on to the end, which comes before its until: 20"],
+        ),
     ],
 )
 def test_a_cosine_of_another_length_than_its_part_of_the_stage_is_noted(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,10 +98,12 @@ def pack(
 
     A folder with something in it, such as a packed data set, is refused. One that is half-packed,
     since packing was stopped or failed, is never read; the same command goes on in it from the last
-    whole image, and begins anew where files, labels or settings are others.
+    whole image, and refuses it where files, labels, settings or code are others.
     """
     from distill.experiment_file import open_experiment
     from distill.training.build import Builder
+    from distill.training.code_identity import code_of
+    from distill.training.store_identity import made_by
 
     experiment, registry = open_experiment(file, overrides, plugin_files)
     if dataset not in experiment.datasets:
@@ -112,6 +115,7 @@ def pack(
         raise UsageError(f"--format {encoding}: write one of {', '.join(formats) or 'none'}")
     packer = registry.create("packers", encoding, size=size, quality=quality, workers=workers)
     source = Builder(experiment, registry, allow_remote_code=allow_remote_code).source(dataset)
+    untransformed = replace(source, transforms=(), joint_transforms=(), batched=())
     spec = experiment.datasets[dataset]
     parts = [spec.component, *spec.wrappers]
     made_from = {
@@ -119,6 +123,7 @@ def pack(
         "dataset": dataset,
         "parts": [{"type": part.type, "params": dict(part.params)} for part in parts],
         "lists": _hash_of_lists(source.dataset),
+        "code": code_of(made_by(untransformed)),
     }
     _pack(packer, source, output, made_from, skip_bad)
 
@@ -134,13 +139,17 @@ def _pack(
             raise DataError(_refusal(bad, len(source)))
 
     try:
-        half_packed = output.is_dir() and any(output.iterdir())
-        label = f"packing {source.name}"
-        with click.progressbar(length=len(source), label=label, file=sys.stderr) as bar:
+        with (
+            _kept_to_itself(output),
+            click.progressbar(
+                length=len(source), label=f"packing {source.name}", file=sys.stderr
+            ) as bar,
+        ):
 
             def progress(done: int) -> None:
-                if half_packed and bar.pos == 0:
-                    click.echo(f"\n{_begun(done - 1, len(source))}", err=True)
+                if bar.pos == 0 and done > 1:
+                    kept = f"{done:,} of {len(source):,} samples are there already"
+                    click.echo(f"\ngoing on: {kept}", err=True)
                 bar.update(done - bar.pos)
 
             written = packer(_Samples(source), output, made_from, progress, on_bad)
@@ -160,11 +169,20 @@ def _pack(
     )
 
 
-def _begun(kept: int, samples: int) -> str:
-    """Say what packing to a half-packed folder begins with."""
-    if kept:
-        return f"going on: {kept:,} of {samples:,} samples are there already"
-    return "begun anew: what is half-packed there is no image of these files, labels and settings"
+@contextmanager
+def _kept_to_itself(output: Path) -> Iterator[None]:
+    """Keep other processes from packing to the same folder, by a file beside it."""
+    import filelock
+
+    folder = output.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        with lock.acquire(timeout=0):
+            yield
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise StorageError(f"another process is packing to {output}") from None
 
 
 def _refusal(bad: Mapping[int, str], samples: int) -> str:

@@ -54,10 +54,11 @@ class Group(click.Group):
 
 @contextmanager
 def told_if_ended(text: str) -> Iterator[None]:
-    """Say something on SIGTERM, which schedulers send, before the process ends by it as ever.
+    """Say ``text`` on SIGTERM, which schedulers send, before the process ends by it as ever.
 
-    Not in one of several processes: while it waits for the others nothing of Python's is reached,
-    and what started them, which would wait for it in turn, can say it once for all.
+    It ends when what torch computes at the moment is done, as on Ctrl+C. Not in one of several
+    processes: while it waits for the others nothing of Python's is reached, and what started them,
+    which would wait for it in turn, can say it once for all.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if "RANK" in os.environ or not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:

@@ -387,15 +387,14 @@ def gc(unused: float, dry_run: bool, yes: bool, stores: Path) -> None:
         days = f"{unused:g} day{'' if unused == 1 else 's'}"
         click.echo(f"nothing to remove in {stores} (none damaged, half made or unused for {days})")
         return
-    used = [entry for entry in found if is_used(entry.folder)]
-    for entry in used:
-        click.echo(f"{entry.folder} is in use, and stays")
-    going = [entry for entry in found if entry not in used]
-    asks = not (yes or dry_run) and any(_is_recent(entry) for entry in going)
-    if asks and not _may_go(going, going, stores):
+    recent = [entry for entry in found if _is_recent(entry) and not is_used(entry.folder)]
+    if recent and not (yes or dry_run or _may_go(recent, recent, stores)):
         return
     freed = 0
-    for entry in going:
+    for entry in found:
+        if is_used(entry.folder):  # it may be only now
+            click.echo(f"{entry.folder} is in use, and stays")
+            continue
         nbytes = entry.nbytes if dry_run else remove(entry.folder)
         freed += nbytes
         verb = "would remove" if dry_run else "removed"

@@ -115,7 +115,7 @@ def test_targets_may_be_missing_or_arrays(tmp_path):
         with pytest.raises(DataError, match="targets must be numbers or arrays of one shape"):
             pack(tmp_path / "odd", dataset=Pictures(targets=targets))
     with pytest.raises(DataError, match="some samples have a target and some have none"):
-        pack(tmp_path / "odd", dataset=Pictures(targets=[0, None, 1, 1, 1]))
+        pack(tmp_path / "missing", dataset=Pictures(targets=[0, None, 1, 1, 1]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -301,7 +301,8 @@ def test_packing_goes_on_from_the_last_image_to_the_bytes_of_one_that_was_not_st
     dataset, seen = Stopping(), []
     packer = distill_packers()[encoding](size=32, quality=90, workers=0)
     packer(dataset, tmp_path / "two", {"from": "tests"}, seen.append)
-    assert (dataset.read, seen) == ([0, 3, 4], [4, 5])  # the first, to see whether it is the same
+    assert dataset.read == [0, 3, 4]  # the first, to see whether it is the same
+    assert seen == [3, 4, 5]
     assert contents(tmp_path / "two") == contents(tmp_path / "whole")
     assert "packing.jsonl" not in contents(tmp_path / "two")
 
@@ -328,21 +329,26 @@ def test_whatever_a_crash_leaves_of_the_files_the_bytes_are_the_same_in_the_end(
     assert kept >= {0, 1}
 
 
-def test_packing_of_something_else_to_a_half_packed_folder_begins_anew(tmp_path):
-    white = Image.new("RGB", (20, 20), "white")
-    for number, (dataset, options) in enumerate(
-        (
-            (Stopping(), {"size": 16}),
-            (Stopping(), {"encoding": "jpeg"}),
-            (Stopping(make=lambda image: white), {}),
-            (Stopping(targets=(0, 1, 1, 0, 1)), {}),
-        )
-    ):
-        stop(tmp_path / str(number))
-        pack(tmp_path / str(number), dataset=dataset, **options)
-        assert {1, 2} < set(dataset.read)
-        pack(tmp_path / f"{number} alone", dataset=dataset, **options)
-        assert contents(tmp_path / str(number)) == contents(tmp_path / f"{number} alone")
+WHITE = Image.new("RGB", (20, 20), "white")
+OTHER = "is half-packed with images of other files, labels, settings or code; empty it"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        ({}, {"size": 16}),
+        ({}, {"encoding": "jpeg"}),
+        ({"make": lambda image: WHITE}, {}),
+        ({"targets": (0, 1, 1, 0, 1)}, {}),
+    ],
+    ids=["size", "encoding", "images", "targets"],
+)
+def test_what_is_half_packed_of_something_else_is_refused_and_stays(tmp_path, dataset, options):
+    stop(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=OTHER):
+        pack(tmp_path, dataset=Stopping(**dataset), **options)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -357,11 +363,33 @@ def test_settings_samples_and_source_count_where_the_first_image_is_the_same(
 
     whole = [Stopping()[n] for n in (3, 4, 0, 1, 2)]
     with pytest.raises(KeyboardInterrupt):
-        distill_packers()["raw"](size=32)(whole, tmp_path / "stopped", {"from": "tests"}, stopping)
+        distill_packers()["raw"](size=32)(whole, tmp_path, {"from": "tests"}, stopping)
     other = [whole[n] for n in (0, 2, 1, 4, 3)][:samples]
+    with pytest.raises(FileExistsError, match=OTHER):
+        distill_packers()["raw"](size=size)(other, tmp_path, {"from": source})
+
+
+def test_where_nothing_is_whole_packing_begins_anew(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pack(tmp_path / "stopped", dataset=Stopping(stop_at=0))
     for name in ("stopped", "alone"):
-        distill_packers()["raw"](size=size)(other, tmp_path / name, {"from": source})
+        pack(tmp_path / name, dataset=Stopping(), size=16)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "alone")
+
+
+def test_a_bad_sample_is_known_again_whatever_its_error_says(tmp_path):
+    class Nameless(Stopping):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError(f"cannot identify image file {object()}")
+            return super().__getitem__(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(tmp_path, dataset=Nameless(stop_at=3))
+    seen = []
+    packer = distill_packers()["raw"](size=32, quality=90, workers=0)
+    packer(Nameless(), tmp_path, {"from": "tests"}, seen.append, lambda bad: None)
+    assert seen == [3, 4, 5]
 
 
 def test_bad_samples_are_looked_at_again_and_those_that_were_repaired_are_packed(tmp_path):
@@ -374,7 +402,7 @@ def test_bad_samples_are_looked_at_again_and_those_that_were_repaired_are_packed
     assert contents(tmp_path / "repaired") == contents(tmp_path / "alone")
     seen = []
     packer(Damaged({1, 3}), tmp_path / "bad", {"from": "tests"}, seen.append, lambda bad: None)
-    assert (seen, len(Packed(str(tmp_path / "bad")))) == ([], 3)
+    assert (seen, len(Packed(str(tmp_path / "bad")))) == ([5], 3)
 
 
 class Failing(Pictures):
@@ -405,7 +433,24 @@ def test_a_file_that_is_not_given_ends_packing_and_is_never_left_out(tmp_path, c
         packer(lost, tmp_path, {}, seen.append, told.append)
     assert (told, seen) == ([], [1, 2, 3])
     packer(Pictures(), tmp_path, {}, seen.append)
-    assert (seen, len(Packed(str(tmp_path)))) == ([1, 2, 3, 4, 5], 5)
+    assert (seen, len(Packed(str(tmp_path)))) == ([1, 2, 3, 3, 4, 5], 5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("4.png"), RuntimeError("[Errno 2] No such file or directory: '4.png'")],
+    ids=["no number", "no OSError"],
+)
+def test_a_file_that_is_not_given_is_known_by_its_error_without_a_number_too(tmp_path, error):
+    class Hiding(Pictures):
+        def __getitem__(self, index):
+            try:
+                raise error
+            except type(error):
+                raise ValueError("bad image")  # noqa: B904
+
+    with pytest.raises(DataError, match=r"bad image\nthe file system does not give this file"):
+        distill_packers()["raw"](size=32)(Hiding(), tmp_path, {})
 
 
 def test_bytes_that_are_no_image_are_bad_whatever_a_decoder_makes_of_them(tmp_path):

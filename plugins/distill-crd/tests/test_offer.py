@@ -6,4 +6,5 @@ from distill.testing import OfferConformance
 
 class TestOffer(OfferConformance):
     package = distill_crd
+    entry_point = "crd"
     inner = frozenset({"Classes", "Pools"})

@@ -11,6 +11,7 @@ MODULES = {**distill_fitnet.distill_losses(), **distill_fitnet.distill_auxiliary
 
 class TestOffer(OfferConformance):
     package = distill_fitnet
+    entry_point = "fitnet"
     inner = frozenset({"PairwiseLoss", "FittedLayers", "Bottleneck"})
 
 
@@ -29,3 +30,4 @@ def test_weights_of_layers_have_one_name():
 def test_offers_the_redesigner_that_puts_in_a_bottleneck():
     offered = {"bottlenecked": head_distillation.bottlenecked}
     assert distill_fitnet.distill_model_redesigners() == offered
+    assert offered.keys() <= set(distill_fitnet.__all__)

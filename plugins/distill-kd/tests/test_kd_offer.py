@@ -21,8 +21,14 @@ WIRED_OTHERWISE = {
 
 class TestOffer(OfferConformance):
     package = distill_kd
+    entry_point = "kd"
     inner = frozenset({"LogitLoss", "RowLoss", "LabelledLoss"})
     given = MappingProxyType({"CTKDLoss": {"ramp_steps": 10}})
+
+
+def test_the_usual_recipes_are_among_the_presets():
+    recipes = {"cifar100-kd", "cifar100-dkd", "imagenet-kd", "imagenet-dkd"}
+    assert recipes <= distill_kd.distill_presets().keys()
 
 
 @pytest.mark.parametrize("loss", distill_kd.LOSSES)

@@ -13,6 +13,7 @@ RELATES_SAMPLES = set(LOSSES) - {"FSPLoss"}
 
 class TestOffer(OfferConformance):
     package = distill_relational
+    entry_point = "relational"
     inner = frozenset({"BatchRelationLoss", "RelationalLoss"})
 
 

@@ -139,7 +139,8 @@ def _schedulers(assembly: Assembly, plan: Plan) -> Iterator[str]:
                 f"{entry.component.type} goes on to the end, which comes before its until: "
                 f"{entry.until}"
             )
-        elif entry.component.type == "CosineAnnealingLR":
+            return  # what comes behind it never acts
+        if entry.component.type == "CosineAnnealingLR":
             end = length if entry.until is None else entry.until * each
             yield from _cosine(entry, math.ceil((end - began) / each))
         began = 0 if entry.until is None else entry.until * each

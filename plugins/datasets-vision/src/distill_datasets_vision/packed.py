@@ -51,8 +51,8 @@ LOST = (
     "same command goes on from here"
 )
 WORKER = (
-    "the system kills workers that need too much memory: fewer --workers need less, and the same "
-    "command goes on from here"
+    "if it needed too much memory, fewer --workers need less; with --workers 0 its own error is "
+    "seen. What is packed stays"
 )
 TO_PICTURE: Callable[[torch.Tensor], PILImage.Image] = vars(functional)["to_pil_image"]
 
@@ -162,7 +162,7 @@ class Packer:
         Args:
             dataset: images are PIL images or tensors, uint8 (C, H, W).
             folder: a new or empty one, or one in which packing has not come to its end: of the
-                same samples, source and settings it goes on from there, else it begins anew.
+                same samples, source and settings it goes on from there.
             source: what it is made from, plain data: for people who read ``meta.json``, and to
                 know an unfinished packing of the same again.
             progress: told how many samples have been gone through, as they come; those that
@@ -216,6 +216,8 @@ class Packer:
             "source": source,
         }
         images = take_up(folder, head, lambda index: record_of(_told(encoding[index])))
+        if images.samples:
+            progress(images.samples)
         with (folder / IMAGES).open("ab") as stream, (folder / JOURNAL).open("ab") as journal:
             for entry in self._encoded(encoding, images.samples):
                 if isinstance(entry, Entry):
@@ -297,12 +299,17 @@ def _is_lost(error: BaseException | None) -> bool:
     """Whether the file system has not given a file, which says nothing of the image in it.
 
     Decoders raise ``OSError`` too: without a number, or with EINVAL where damaged bytes make them
-    seek a place that there is not.
+    seek a place that there is not. Those that are no Python may have the system's text alone.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        if isinstance(error, OSError) and error.errno is not None:
+            is_lost = error.errno != errno.EINVAL
+        else:
+            is_named = isinstance(error, (FileNotFoundError, PermissionError))
+            is_lost = is_named or str(error).startswith("[Errno ")
+        if is_lost:
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return False
 
 

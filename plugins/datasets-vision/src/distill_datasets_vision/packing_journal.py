@@ -6,9 +6,10 @@ each sample in its order.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,8 +59,7 @@ class Images:
         self.offsets.append(self.offsets[-1] + record["bytes"])
         self.shapes.append(record["shape"])
         self.checks.append(record["check"])
-        kind, target = record["target"]
-        self.targets.append(None if kind is None else np.array(target, kind))
+        self.targets.append(_array(record["target"]))
 
 
 def record_of(entry: Entry | Bad) -> Record:
@@ -71,8 +71,21 @@ def record_of(entry: Entry | Bad) -> Record:
         "bytes": len(entry.data),
         "shape": entry.shape,
         "check": xxhash.xxh3_64_intdigest(entry.data),
-        "target": (None, None) if target is None else (target.dtype.str, target.tolist()),
+        "target": None if target is None else _text_of(target),
     }
+
+
+def _text_of(array: np.ndarray) -> list[Any]:
+    """Return an array as JSON takes it; as numbers a mask would be larger than its image."""
+    return [array.dtype.str, array.shape, base64.b64encode(array.tobytes()).decode()]
+
+
+def _array(text: Sequence[Any] | None) -> np.ndarray | None:
+    if text is None:
+        return None
+    kind, shape, data = text
+    array: np.ndarray = np.frombuffer(base64.b64decode(data), kind).reshape(shape)
+    return array
 
 
 def line_of(record: Record) -> bytes:
@@ -84,25 +97,35 @@ def line_of(record: Record) -> bytes:
 def take_up(folder: Path, head: Record, again: Callable[[int], Record]) -> Images:
     """Return what packing with the same head has written to a folder, and cut its files behind it.
 
-    An image counts if the file has its bytes. The first sample, and those that were bad, have to
-    give the same once more; all that follows what does not count is packed again.
+    An image counts if the file has its bytes. Samples that were bad have to be so once more, and
+    all that follows one that is not is packed again.
 
     Args:
         folder: of the two files, which are made where they are missing.
-        head: what is packed and how; with another one nothing counts.
+        head: what is packed and how.
         again: packs a sample once more.
+
+    Raises:
+        FileExistsError: if there are images of another packing: with another head, or whose first
+            image is not what the first is packed to now.
     """
-    images, first = Images(), line_of(head)
-    length = len(first)
     (folder / JOURNAL).touch()
     (folder / IMAGES).touch()
+    images, first = Images(), line_of(head)
+    length = len(first)
     with (folder / JOURNAL).open("rb") as lines, (folder / IMAGES).open("rb") as stream:
-        for line in lines if lines.readline() == first else ():
+        is_same = lines.readline() == first
+        for line in lines:
             record = _record_in(line)
             if record is None or not _is_there(record, stream):
                 break
-            if ("bad" in record or images.samples == 0) and line_of(again(images.samples)) != line:
-                break
+            if not is_same:
+                raise _other_packing(folder)
+            if "bad" in record:
+                if "bad" not in again(images.samples):  # why may name an address in memory
+                    break
+            elif not images.shapes and line_of(again(images.samples)) != line:
+                raise _other_packing(folder)
             images.add(record)
             length += len(line)
     os.truncate(folder / IMAGES, images.offsets[-1])
@@ -111,6 +134,13 @@ def take_up(folder: Path, head: Record, again: Callable[[int], Record]) -> Image
     else:
         (folder / JOURNAL).write_bytes(first)
     return images
+
+
+def _other_packing(folder: Path) -> FileExistsError:
+    return FileExistsError(
+        f"{folder} is half-packed with images of other files, labels, settings or code; empty it "
+        "to begin anew, or choose another folder"
+    )
 
 
 def _record_in(line: bytes) -> Record | None:
