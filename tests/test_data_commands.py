@@ -95,6 +95,7 @@ def test_all_bad_samples_are_named_with_their_files_and_skipped_if_asked(file: P
     assert first.endswith(f" ({photos / 'b' / '5.png'})")
     assert second.startswith("  data set 'photos': sample 1 cannot be read: UnidentifiedImageError")
     assert second.count(str(photos / "a" / "0.png")) == 1
+    assert not list(file.parent.glob(".*.lock"))
     assert not (file.parent / "packed" / "meta.json").exists()
 
     skipped = packed(file, "photos", "packed", *CHOSEN, "--skip-bad", "--format", "raw")

@@ -179,8 +179,10 @@ def _kept_to_itself(output: Path) -> Iterator[None]:
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         with lock.acquire(timeout=0):
-            yield
-            Path(lock.lock_file).unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
     except filelock.Timeout:
         raise StorageError(f"another process is packing to {output}") from None
 
