@@ -102,8 +102,7 @@ def pack(
     """
     from distill.experiment_file import open_experiment
     from distill.training.build import Builder
-    from distill.training.code_identity import code_of
-    from distill.training.store_identity import made_by
+    from distill.training.code_identity import code_of, made_by
 
     experiment, registry = open_experiment(file, overrides, plugin_files)
     if dataset not in experiment.datasets:

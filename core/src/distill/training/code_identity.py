@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from distill.data.source import Source
+
 VERSIONED = ("torch", "torchvision", "numpy", "PIL")
 """Packages whose code is known by their version."""
 OWN = "distill"
@@ -22,6 +24,19 @@ INSTALLED = {"site-packages", "dist-packages"}
 READ_AT_ONCE = 2**22
 IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\w[\w.]*)[ \t]+import|import[ \t]+([^\n#;]+))", re.M)
 """A module of which something is imported, or modules with commas between them."""
+
+
+def made_by(source: Source) -> list[Any]:
+    """Return the classes and functions that a sample of a data set goes through."""
+    made: list[Any] = [*source.transforms, *source.joint_transforms, source.collate]
+    made += [form for form in source.batched if form is not None]
+    dataset: Any = source.dataset
+    for _ in range(100):  # wrappers, as torch's, call what is inside ``dataset``
+        made.append(dataset)
+        dataset = getattr(dataset, "dataset", None)
+        if dataset is None:
+            break
+    return [thing if inspect.isfunction(thing) else type(thing) for thing in made]
 
 
 def code_of(things: Iterable[Any]) -> dict[str, str]:

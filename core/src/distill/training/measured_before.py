@@ -10,9 +10,9 @@ from distill.config.experiment import Stage
 from distill.data.labels import labels
 from distill.data.source import Source
 from distill.errors import DataError
-from distill.training.code_identity import code_of
+from distill.training.code_identity import code_of, made_by
 from distill.training.seed_run import SeedRun
-from distill.training.store_identity import described_data, made_by, samples_seen
+from distill.training.store_identity import described_data, samples_seen
 
 
 def measured_key(run: SeedRun, stage: Stage) -> str:

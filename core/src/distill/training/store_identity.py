@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from distill.errors import DataError
 from distill.model.wiring import Address
 from distill.store.near import parts
 from distill.training.build import Builder
-from distill.training.code_identity import code_of, hash_of_file, hash_of_files
+from distill.training.code_identity import code_of, hash_of_file, hash_of_files, made_by
 
 COMPUTES = ("distill.model.adapter", "distill.model.fast", "distill.store.encoding")
 """What of distill itself makes outputs into what is kept."""
@@ -218,16 +217,3 @@ def _named_files(value: Any) -> set[str]:
         return {value} if isinstance(value, str) and Path(value).is_file() else set()
     except (OSError, ValueError):  # too long for a name, or none
         return set()
-
-
-def made_by(source: Source) -> list[Any]:
-    """Return the classes and functions that a sample of a data set goes through."""
-    made: list[Any] = [*source.transforms, *source.joint_transforms, source.collate]
-    made += [form for form in source.batched if form is not None]
-    dataset: Any = source.dataset
-    for _ in range(100):  # wrappers, as torch's, call what is inside ``dataset``
-        made.append(dataset)
-        dataset = getattr(dataset, "dataset", None)
-        if dataset is None:
-            break
-    return [thing if inspect.isfunction(thing) else type(thing) for thing in made]
