@@ -48,6 +48,7 @@ def relational_methods() -> list[Method]:
             "RKDDistanceLoss, unit vectors", Part(relational.RKDDistanceLoss(True, True), pooled)
         ),
         Method("RKDAngleLoss, unit vectors", Part(relational.RKDAngleLoss(True, True), pooled)),
+        Method("RKDLoss, unit vectors", Part(relational.RKDLoss(True, True), pooled)),
         Method("PKTLoss, embedding", Part(relational.PKTLoss(), pooled)),
         Method("SPKDLoss, layer4", Part(relational.SPKDLoss(), maps)),
         Method("CCKDLoss, form: paper", Part(relational.CCKDLoss(), embedded), embeddings),

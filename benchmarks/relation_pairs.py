@@ -47,18 +47,28 @@ def gradients(loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(), leaves)
 
 
-def rkd_pair(title: str, student: Tensor, teacher: Tensor) -> Pair:
-    """Return RKD with the published weights of distances and angles."""
+def rkd_pairs(title: str, student: Tensor, teacher: Tensor) -> Iterator[Pair]:
+    """Return RKD with the published weights of distances and angles, as one loss and as two."""
     from torchdistill.losses.mid_level import RKDLoss
 
+    both = relational.RKDLoss(distance_weight=25.0, angle_weight=50.0)
     distance, angle = relational.RKDDistanceLoss(), relational.RKDAngleLoss()
-    theirs = RKDLoss("p", "p", 25.0, 50.0, "mean")
+    reference = RKDLoss("p", "p", 25.0, 50.0, "mean")
 
     def ours() -> Tensor:
+        loss: Tensor = both(student, teacher)
+        return loss
+
+    def in_terms() -> Tensor:
         loss: Tensor = 25 * distance(student, teacher) + 50 * angle(student, teacher)
         return loss
 
-    return Pair(title, ours, lambda: theirs(_outputs(student), _outputs(teacher)), [student])
+    def theirs() -> Tensor:
+        loss: Tensor = reference(_outputs(student), _outputs(teacher))
+        return loss
+
+    yield Pair(title, ours, theirs, [student])
+    yield Pair(f"{title}, as two terms", in_terms, theirs, [student])
 
 
 def cckd_pairs(title: str, student: Tensor, teacher: Tensor) -> Iterator[Pair]:
@@ -128,7 +138,7 @@ def pairs(device: torch.device) -> Iterator[Pair]:
         features[data] = student.requires_grad_(), teacher
     sizes = {data: f"{rows} x {width}" for data, (rows, width) in FEATURES.items()}
     for data, both in features.items():
-        yield rkd_pair(f"RKD, {sizes[data]} ({data})", *both)
+        yield from rkd_pairs(f"RKD, {sizes[data]} ({data})", *both)
     for data, both in features.items():
         yield from cckd_pairs(f"CCKD, {sizes[data]}", *both)
     yield from sskd_pairs(device)

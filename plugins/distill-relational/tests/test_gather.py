@@ -21,6 +21,7 @@ from distill.testing import ToyConvNet, run_processes, toy_experiment, toy_regis
 WAYS = {
     "distance": {"type": "RKDDistanceLoss"},
     "angle": {"type": "RKDAngleLoss"},
+    "distance_and_angle": {"type": "RKDLoss"},
     "pkt": {"type": "PKTLoss", "weight": 1e4},
     "spkd": {"type": "SPKDLoss", "weight": 1e2},
     "cckd": {"type": "CCKDLoss", "weight": 1e2},

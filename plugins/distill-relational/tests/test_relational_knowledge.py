@@ -1,4 +1,4 @@
-"""RKD's two losses: reference numbers, the formulas written out, and memory that stays bounded."""
+"""RKD's losses: reference numbers, the formulas written out, and memory that stays bounded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.testing import LossConformance
-from distill_relational import RKDAngleLoss, RKDDistanceLoss, triplet_angles
+from distill_relational import RKDAngleLoss, RKDDistanceLoss, RKDLoss, triplet_angles
 
 METHOD = "rkd"
-BOTH = pytest.mark.parametrize("make", [RKDDistanceLoss, RKDAngleLoss])
+EVERY = pytest.mark.parametrize("make", [RKDDistanceLoss, RKDAngleLoss, RKDLoss])
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -113,6 +113,11 @@ class TestRKDAngleLoss(TestRKDDistanceLoss):
         return RKDAngleLoss()
 
 
+class TestRKDLoss(TestRKDDistanceLoss):
+    def make(self):
+        return RKDLoss()
+
+
 class TestRKDAngleLossOfUnitVectors(TestRKDDistanceLoss):
     def make(self):
         return RKDAngleLoss(normalize_student=True, normalize_teacher=True)
@@ -128,6 +133,30 @@ def test_losses_and_gradients_equal_the_reference(reference):
     reference.check(params["dist_factor"] * distance_loss + params["angle_factor"] * angle_loss)
 
 
+def test_both_losses_in_one_equal_the_reference(reference):
+    params, units = reference.params, reference.variant == "l2_normalized"
+    weights = params["dist_factor"], params["angle_factor"]
+    loss = RKDLoss(units, units, params["reduction"], "none", *weights)
+    reference.check(loss(reference.tensor("student_feature"), reference.tensor("teacher_feature")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weights", [(25.0, 50.0), (1.0, 0.0), (0.0, 2.0)])
+def test_both_losses_in_one_are_their_weighted_sum(reduction, weights, dtype):
+    student, teacher = draw(9, 7, seed=1, dtype=dtype), draw(9, 4, seed=2, dtype=dtype)
+    student.requires_grad_()
+    terms = [
+        weight * make(True, reduction=reduction)(student, teacher)
+        for weight, make in zip(weights, (RKDDistanceLoss, RKDAngleLoss), strict=True)
+    ]
+    named = dict(zip(("distance_weight", "angle_weight"), weights, strict=True))
+    both = RKDLoss(True, reduction=reduction, **named)(student, teacher)
+    torch.testing.assert_close(both, sum(terms))
+    found, expected = (torch.autograd.grad(loss, student)[0] for loss in (both, sum(terms)))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("width", [2, 9])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_equal_the_formulas_written_out(width, reduction):
@@ -139,7 +168,7 @@ def test_equal_the_formulas_written_out(width, reduction):
     assert angles.item() == pytest.approx(angle_by_hand(student, teacher) / count**3)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("sides", [(True, False), (False, True)])
 def test_each_side_is_normalised_by_itself(make, sides):
     student, teacher = draw(5, 4, seed=1) + 1, draw(5, 3, seed=2) + 1
@@ -166,7 +195,7 @@ def test_gradients_equal_those_that_torch_finds_for_the_published_code(dtype):
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_are_those_of_finite_differences(make, reduction):
     student, teacher = 3 * draw(5, 3, seed=1), draw(5, 4, seed=2)
@@ -244,7 +273,7 @@ def test_angles_in_chunks_of_float32_have_the_gradient_of_float64(monkeypatch, a
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("ratio", [1.5, 7.9, 8.1, 900, 1e5])
 def test_gradients_are_those_of_float64_however_the_samples_are_spread(make, units, ratio):
@@ -255,14 +284,14 @@ def test_gradients_are_those_of_float64_however_the_samples_are_spread(make, uni
     assert relative_error(make(units, units), student, teacher) < 2e-6
 
 
-@BOTH
+@EVERY
 def test_gradients_are_those_of_float64_where_the_first_sample_is_far_away(make):
     student, teacher = (draw(64, 256, seed=seed, dtype=torch.float32) for seed in (1, 2))
     student[0] *= 6
     assert relative_error(make(), student, teacher) < 1e-6
 
 
-@BOTH
+@EVERY
 def test_gradients_are_those_of_float64_for_maps_that_are_flattened(make):
     student, teacher = (draw(8, 64, 28, 28, seed=seed, dtype=torch.float32) for seed in (1, 2))
     assert relative_error(make(), student, teacher) < 5e-6
@@ -275,7 +304,7 @@ def test_distances_whose_squares_float32_does_not_hold_are_compared():
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_no_sample_gives_0(make, reduction):
     student = draw(0, 5).requires_grad_()
@@ -284,7 +313,7 @@ def test_no_sample_gives_0(make, reduction):
     assert loss.item() == 0
 
 
-@BOTH
+@EVERY
 def test_gradients_in_autocast_have_all_digits(make):
     student, teacher = (draw(16, 8, seed=seed, dtype=torch.float32) for seed in (1, 2))
     student.requires_grad_()
@@ -294,7 +323,7 @@ def test_gradients_in_autocast_have_all_digits(make):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-5])
 def test_close_samples_have_the_gradient_of_float64(make, apart):
     student, teacher = (draw(16, 64, seed=seed, dtype=torch.float32) for seed in (1, 2))
@@ -303,7 +332,7 @@ def test_close_samples_have_the_gradient_of_float64(make, apart):
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-@BOTH
+@EVERY
 def test_samples_far_from_the_origin_and_close_to_each_other_keep_their_digits(make):
     student, teacher = draw(8, 5, seed=1), draw(8, 5, seed=2).float()
     student[1] = student[0] + 1e-3 * draw(5, seed=3)
@@ -317,7 +346,7 @@ def test_samples_far_from_the_origin_and_close_to_each_other_keep_their_digits(m
     assert difference < 1e-5 * wide.grad.abs().max()
 
 
-@BOTH
+@EVERY
 def test_identical_features_give_0_whatever_their_scale(make):
     student = draw(5, 4).requires_grad_()
     loss = make()(student, 3 * student.detach())
@@ -326,7 +355,7 @@ def test_identical_features_give_0_whatever_their_scale(make):
     assert student.grad.abs().max() < 1e-7
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_samples_give_finite_losses_and_gradients_of_usual_size(make, dtype):
     student, teacher = draw(6, 4, seed=1, dtype=dtype), draw(6, 4, seed=2, dtype=dtype)
@@ -337,13 +366,17 @@ def test_equal_samples_give_finite_losses_and_gradients_of_usual_size(make, dtyp
     loss.backward()
     assert loss.isfinite()
     assert student.grad.abs().max() < 10
-    by_hand = {RKDDistanceLoss: distance_by_hand, RKDAngleLoss: angle_by_hand}[make]
-    power = 2 if make is RKDDistanceLoss else 3
-    expected = by_hand(student.detach(), teacher) / 6**power
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    distances = distance_by_hand(student.detach(), teacher) / 6**2
+    angles = angle_by_hand(student.detach(), teacher) / 6**3
+    expected = {
+        RKDDistanceLoss: distances,
+        RKDAngleLoss: angles,
+        RKDLoss: distances + 2 * angles,
+    }
+    assert loss.item() == pytest.approx(expected[make], rel=1e-5)
 
 
-@BOTH
+@EVERY
 def test_few_samples_have_nothing_to_compare(make):
     for batch in (1, 2):
         student = draw(batch, 4, seed=1).requires_grad_()
@@ -353,7 +386,7 @@ def test_few_samples_have_nothing_to_compare(make):
         assert student.grad.abs().max() < 1e-12
 
 
-@BOTH
+@EVERY
 def test_a_gradient_is_not_to_be_differentiated_again(make):
     student = draw(4, 4, seed=1).requires_grad_()
     loss = make()(student.tanh(), draw(4, 4, seed=2))
@@ -361,14 +394,14 @@ def test_a_gradient_is_not_to_be_differentiated_again(make):
         torch.autograd.grad(loss, student, create_graph=True)
 
 
-@BOTH
+@EVERY
 def test_maps_are_flattened(make):
     student, teacher = draw(4, 3, 2, 2, seed=1), draw(4, 5, 1, 1, seed=2)
     flat = make()(student.flatten(1), teacher.flatten(1))
     torch.testing.assert_close(make()(student, teacher), flat)
 
 
-@BOTH
+@EVERY
 def test_half_precision_is_within_a_percent(make):
     student, teacher = draw(16, 8, seed=1), draw(16, 8, seed=2)
     rounded = make()(student.bfloat16(), teacher.bfloat16())
@@ -376,7 +409,7 @@ def test_half_precision_is_within_a_percent(make):
     assert rounded.item() == pytest.approx(make()(student, teacher).item(), rel=0.01)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
     ("params", "message"),
     [
@@ -389,13 +422,19 @@ def test_a_parameter_out_of_range_is_named(make, params, message):
         make(**params)
 
 
-@BOTH
+@EVERY
 def test_features_that_cannot_be_compared_are_refused(make):
     wanted = r"must be features \(B, \.\.\.\) of the same batch"
     with pytest.raises(ValueError, match=r"student \(2, 3\) and teacher \(4, 3\) " + wanted):
         make()(torch.zeros(2, 3), torch.zeros(4, 3))
     with pytest.raises(ValueError, match=r"student \(2,\) and teacher \(2, 3\) " + wanted):
         make()(torch.zeros(2), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("name", ["distance_weight", "angle_weight"])
+def test_a_weight_below_0_is_refused(name):
+    with pytest.raises(ValueError, match=f"RKDLoss: {name} must be a finite number >= 0, got -1"):
+        RKDLoss(**{name: -1})
 
 
 def test_printing_shows_every_parameter():

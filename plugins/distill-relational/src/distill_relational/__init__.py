@@ -10,7 +10,11 @@ from distill import hookimpl
 from distill_relational.correlation_congruence import CCKDEmbedding, CCKDLoss
 from distill_relational.inter_channel import ICKDEmbedding, ICKDLoss
 from distill_relational.probabilistic_transfer import PKTLoss
-from distill_relational.relational_knowledge import RKDAngleLoss, RKDDistanceLoss
+from distill_relational.relational_knowledge import (
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    RKDLoss,
+)
 from distill_relational.similarity_preserving import SPKDLoss
 from distill_relational.solution_flow import FSPLoss
 
@@ -21,6 +25,7 @@ LOSSES: tuple[type[nn.Module], ...] = (
     PKTLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
+    RKDLoss,
     SPKDLoss,
 )
 AUXILIARY_MODULES: tuple[type[nn.Module], ...] = (CCKDEmbedding, ICKDEmbedding)
@@ -34,6 +39,7 @@ __all__ = [
     "PKTLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
+    "RKDLoss",
     "SPKDLoss",
     "distill_auxiliary_modules",
     "distill_losses",
