@@ -21,7 +21,7 @@ class Worker:
 def reading_of(*rows):
     reading = Reading(len(rows))
     for number, row in enumerate(rows):
-        reading.rows.numpy()[number] = row
+        reading.rows.numpy()[number] = (*row, 0)[:3]
     return reading
 
 
@@ -30,9 +30,11 @@ def test_a_worker_notes_in_its_own_row_what_it_reads(monkeypatch):
     assert reading.rows.is_shared()
     monkeypatch.setattr(worker_reading, "get_worker_info", lambda: Worker(1))
     reading.note(7)
-    assert reading.rows.tolist() == [[IDLE, IDLE], [os.getpid(), 7]]
+    assert reading.rows.tolist() == [[IDLE, IDLE, IDLE], [os.getpid(), 7, 0]]
+    reading.note(5, 3)
+    assert reading.rows.tolist() == [[IDLE, IDLE, IDLE], [os.getpid(), 5, 3]]
     reading.note(IDLE)
-    assert reading.rows.tolist() == [[IDLE, IDLE], [os.getpid(), IDLE]]
+    assert reading.rows.tolist() == [[IDLE, IDLE, IDLE], [os.getpid(), IDLE, 0]]
 
 
 def test_without_workers_nothing_is_noted():
@@ -58,6 +60,8 @@ def test_a_dead_worker_is_told_with_its_sample(error, rows, said):
     [
         ([(41, 3), (42, IDLE)], " reading sample 3"),
         ([(41, 9), (42, 3)], " reading sample 3 or 9"),
+        ([(41, 9, 127), (42, IDLE)], " reading sample 9 or one of 127 read with it"),
+        ([(41, 9, 127), (42, 3)], " reading sample 3 or 9 or one of 127 read with it"),
         ([(IDLE, IDLE), (42, IDLE)], " between two samples"),
     ],
 )

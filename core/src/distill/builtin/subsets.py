@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -43,6 +43,12 @@ class _Part(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.indices[index]]
+
+    @property
+    def __getitems__(self) -> Callable[[Sequence[int]], list[Any]]:
+        """Reads several samples at once; missing where the whole cannot."""
+        read: Callable[[Sequence[int]], list[Any]] = self.dataset.__getitems__
+        return lambda indices: read([self.indices[index] for index in indices])
 
 
 class RandomSplit(_Part):

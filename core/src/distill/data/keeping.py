@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from distill import memory
 from distill.data.batch import Batch, Sample, Views, collate, map_tensors
-from distill.data.draw_probe import has_drawn, restart_generators
+from distill.data.draw_probe import has_drawn
 from distill.data.keepable import NotKeepable, Split, Transform, transform_name
 from distill.data.kept import Kept, OneByOne, Whole
 from distill.data.loader import Loading, every_sample
@@ -34,7 +33,6 @@ def keep(source: Source, chosen: Split, loading: Loading, device: torch.device) 
     still: list[Transform] = [source.transforms[number] for number in chosen.before]
     reading = replace(
         source,
-        dataset=_Still(source.dataset),
         transforms=[*still, _Checked()],
         collate=_Alike(),
         batched=(),
@@ -120,20 +118,6 @@ def _fits(nbytes: int, device: torch.device, steps: Sequence[Whole | OneByOne]) 
         return False
     free = memory.free_memory(device)
     return free is not None and 2 * nbytes <= free
-
-
-class _Still(Dataset[Any]):
-    """A data set with the generators set to a known place before a sample is read."""
-
-    def __init__(self, dataset: Any):
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        restart_generators()
-        return self._dataset[index]
 
 
 class _Checked:

@@ -136,12 +136,14 @@ def sample_batch(
 def every_sample(source: Source, size: int, loading: Loading) -> Iterator[Batch]:
     """Yield all samples in order, on every process, for what draws nothing.
 
+    The generators are restarted for each of them, so that ``has_drawn`` tells whether it drew.
+
     Raises:
         DataError: as ``training_batches``.
     """
     keys = [(index, 0) for index in range(len(source))]
     parts = [keys[first : first + size] for first in range(0, len(keys), size)]
-    yield from _batches(source, parts, loading, EpochReading(0, EVALUATION))
+    yield from _batches(source, parts, loading, EpochReading(0, EVALUATION, at_one_place=True))
 
 
 def _batches(

@@ -6,10 +6,12 @@ import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import Dataset
 
 from distill import randomness
 from distill.data.batch import Sample
+from distill.data.draw_probe import has_drawn, restart_generators
 from distill.data.fingerprint import fingerprint
 from distill.data.plan import Key
 from distill.data.source import Source
@@ -35,6 +37,8 @@ class EpochReading:
         has_views: whether keys name fixed views of samples.
         reads_once: whether views of one sample that follow one another share its reading.
         fingerprints: of what in each sample a fingerprint is taken, ``None`` for none.
+        at_one_place: whether all samples begin at one known place of the generators, so that it
+            can be told whether one draws.
     """
 
     seed: int
@@ -42,6 +46,7 @@ class EpochReading:
     has_views: bool = False
     reads_once: bool = False
     fingerprints: Fingerprints | None = None
+    at_one_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Item:
     left: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class SeededSamples(Dataset[Item]):
     """A source whose samples look the same whenever they are read at one place of the run.
 
@@ -77,6 +82,8 @@ class SeededSamples(Dataset[Item]):
         skips: whether unreadable samples are passed over.
         reading: where it is noted which sample is read.
         latest: the sample whose views are being read, by index.
+        ahead: samples of the batch that were read together and have not been used yet, by index.
+        draws: whether the data set was seen to draw when it read samples together.
     """
 
     source: Source
@@ -84,6 +91,13 @@ class SeededSamples(Dataset[Item]):
     skips: bool
     reading: Reading
     latest: dict[int, Sample] = field(default_factory=dict)
+    ahead: dict[int, Sample] = field(default_factory=dict)
+    draws: bool = False
+
+    def __getitems__(self, keys: list[Key]) -> list[Item]:
+        if self.source.reads_together and not self.draws:
+            self._read_ahead(keys)
+        return [self[key] for key in keys]
 
     def __getitem__(self, key: Key) -> Item:
         skipped: list[tuple[int, str]] = []
@@ -115,10 +129,13 @@ class SeededSamples(Dataset[Item]):
         if how.has_views:
             raw = self._raw(index)
             randomness.seed_view(index, view)
-            sample, left = self.source.begun(raw, index)
         else:
-            randomness.seed_sample(how.seed, how.epoch, index, place)
-            sample, left = self.source.begun(self.source.untransformed(index), index)
+            if how.at_one_place:
+                restart_generators()
+            else:
+                randomness.seed_sample(how.seed, how.epoch, index, place)
+            raw = self._untransformed(index)
+        sample, left = self.source.begun(raw, index)
         taken = None
         if how.fingerprints is not None:
             more = (sample.target, sample.extras) if how.fingerprints == "all" else ()
@@ -129,18 +146,38 @@ class SeededSamples(Dataset[Item]):
     def _raw(self, index: int) -> Sample:
         if index not in self.latest:
             randomness.seed_reading(index)
-            raw = self.source.untransformed(index)
+            raw = self._untransformed(index)
             if not self.how.reads_once:
                 return raw
             self.latest.clear()
             self.latest[index] = raw
         return _copied(self.latest[index])
 
+    def _untransformed(self, index: int) -> Sample:
+        """Return a sample that nobody else has: one read ahead serves once."""
+        if index in self.ahead:
+            return self.ahead.pop(index)
+        return self.source.untransformed(index)
+
+    def _read_ahead(self, keys: list[Key]) -> None:
+        """Read the samples of a batch together, unless that draws: each has a place of its own."""
+        wanted = list(dict.fromkeys(index for index, _ in keys if index not in self.latest))
+        if not wanted:
+            return
+        restart_generators()
+        self.reading.note(wanted[0], len(wanted) - 1)
+        read = self.source.untransformed_together(wanted)
+        self.draws = has_drawn()
+        self.ahead = {} if self.draws else read
+
 
 def _copied(sample: Sample) -> Sample:
     """Return a sample whose values a transform may write into."""
 
     def own(value: Any) -> Any:
+        # A tensor by itself: deepcopy would copy all of the memory that it may be a row of.
+        if type(value) is torch.Tensor:
+            return value.clone()
         # An image of PIL's by its own method, which takes a tenth of the time.
         is_image = type(value).__module__.partition(".")[0] == "PIL"
         return value.copy() if is_image else copy.deepcopy(value)

@@ -73,9 +73,31 @@ class Source:
             DataError: if it cannot be read; the message names the sample.
         """
         with self._told(index):
-            item = self.dataset[index]
-            sample = item if isinstance(item, Sample) else Sample(item[0], item[1])
+            sample = _sample(self.dataset[index])
         return replace(sample, index=index)
+
+    @cached_property
+    def reads_together(self) -> bool:
+        """Whether the data set has a way to read several samples at once."""
+        return _reads_together(self.dataset)
+
+    def untransformed_together(self, indices: Sequence[int]) -> dict[int, Sample]:
+        """Return different samples as the data set gives them when asked for all at once.
+
+        Nothing if it fails or gives no list of as many items: each is then to be read by itself,
+        which tells which of them is bad.
+        """
+        try:
+            items = self.dataset.__getitems__(list(indices))
+            samples = [_sample(item) for item in items] if isinstance(items, list) else []
+        except Exception:  # a plugin's
+            return {}
+        if len(samples) != len(indices):
+            return {}
+        return {
+            index: replace(sample, index=index)
+            for index, sample in zip(indices, samples, strict=True)
+        }
 
     def transformed(self, sample: Sample, index: int) -> Sample:
         """Return a sample of the data set, transformed.
@@ -151,6 +173,24 @@ def alike(samples: Sequence[Sample]) -> bool:
         for value in (sample.input if isinstance(sample.input, Views) else (sample.input,))
     }
     return len(kinds) == 1 and None not in kinds
+
+
+def _sample(item: Any) -> Sample:
+    return item if isinstance(item, Sample) else Sample(item[0], item[1])
+
+
+def _reads_together(dataset: Any) -> bool:
+    """Whether a data set has a ``__getitems__`` that gives what its ``__getitem__`` does.
+
+    A class with a ``__getitem__`` of its own that only inherits ``__getitems__``, or hands on that
+    of what it wraps by ``__getattr__``, would give other items. A subset reads as its whole does.
+    """
+    both = {"__getitem__", "__getitems__"}
+    nearest = next((kind for kind in type(dataset).__mro__ if both & {*vars(kind)}), object)
+    if "__getitems__" not in vars(nearest) or not callable(getattr(dataset, "__getitems__", None)):
+        return False
+    is_part = hasattr(dataset, "dataset") and hasattr(dataset, "indices")
+    return not is_part or _reads_together(dataset.dataset)
 
 
 def _one(transforms: Sequence[Callable[[Any], Any]], value: Any) -> Any:
