@@ -23,6 +23,7 @@ from distill.without_dynamo import without_dynamo
 for file in sys.argv[1:]:
     main(["check", file], standalone_mode=False)
 slow = ("torch._dynamo", "torch._inductor", "sympy", "torch.utils.tensorboard", "onnxscript")
+slow += ("distill.training.seed_run", "distill.data.loader")
 told = {"slow": [name for name in slow if name in sys.modules], "collects": gc.isenabled()}
 
 import torch, torchvision
@@ -69,7 +70,9 @@ def told() -> dict[str, Any]:
     return json.loads(facts)
 
 
-def test_a_check_imports_no_compiler_and_nothing_that_writes_events(told: dict[str, Any]) -> None:
+def test_a_check_imports_no_compiler_and_nothing_that_writes_events_or_trains(
+    told: dict[str, Any],
+) -> None:
     assert told["slow"] == []
 
 
@@ -93,3 +96,49 @@ def test_the_compiler_comes_whole_as_soon_as_it_is_asked_for(told: dict[str, Any
 def test_the_compiler_keeps_out_of_what_it_was_asked_to_before(told: dict[str, Any]) -> None:
     assert told["tv_tensors"] == told["a function"] == "kept out"
     assert told["others"] == "compiled"
+
+
+PLUGIN = """
+import gc, os
+from distill import hookimpl
+
+gc.callbacks.append(lambda *_: os.write(1, b"collected\\n"))
+
+@hookimpl
+def distill_losses():
+    return {"UnusedLoss": object}
+"""
+
+
+def checked(tmp_path: Path, *options: str) -> tuple[int, list[str]]:
+    """Check the digits beside a plugin that tells of collections: exit status, lines."""
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(PLUGIN)
+    command = [sys.executable, "-m", "distill", "check", str(FILES[0]), "-p", str(plugin)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_a_check_collects_no_garbage_to_its_end(tmp_path: Path) -> None:
+    status, lines = checked(tmp_path)
+    assert status == 0
+    assert any("no faults" in line for line in lines)
+    assert "collected" not in lines
+
+
+def test_a_check_of_data_collects_garbage(tmp_path: Path) -> None:
+    status, lines = checked(tmp_path, "--data")
+    assert status == 0
+    assert "collected" in lines
+
+
+def test_what_goes_on_after_a_check_collects_garbage(tmp_path: Path) -> None:
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool/__main__.py").write_text(
+        "import gc, sys\n"
+        "from distill.cli import main\n"
+        "main(['check', sys.argv[1]], standalone_mode=False)\n"
+        "sys.exit(3 if gc.isenabled() else 4)\n"
+    )
+    command = [sys.executable, "-m", "tool", str(FILES[0])]
+    assert subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL).returncode == 3

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from distill.without_dynamo import without_dynamo
 
-PROGRAM = {"distill", "__main__"}
-"""What a process is called that is a command alone; others go on behind it."""
+NAMES = {"distill", "distill.exe"}
+MAIN = Path(__file__).with_name("__main__.py")
+"""What a process runs that is a command alone; others, such as tests, go on behind it."""
 
 
 @contextmanager
@@ -20,9 +21,12 @@ def quick() -> Iterator[None]:
     """Import what a command needs, and do its work, in less time; a decorator too.
 
     Collections find next to nothing while modules are imported, and look through all of torch; so
-    do those of a process that ends.
+    do those of a process that ends. A process that is this command alone collects no more, unless
+    the command itself turns that on.
     """
-    if Path(sys.argv[0]).stem in PROGRAM:
+    program = Path(sys.argv[0])
+    alone = program.name in NAMES or program == MAIN
+    if alone:
         atexit.register(_end_quickly)
     was_enabled = gc.isenabled()
     gc.disable()
@@ -30,7 +34,7 @@ def quick() -> Iterator[None]:
         with without_dynamo():
             yield
     finally:
-        if was_enabled:
+        if was_enabled and not alone:
             gc.enable()
 
 

@@ -19,11 +19,10 @@ from distill.reference import STUDENT
 from distill.registry import Registry
 from distill.training.build import STORES, Builder
 from distill.training.check import check as find_faults
-from distill.training.check import refusals
+from distill.training.check import refusals, refuse_faults
 from distill.training.prepared import prepare
 from distill.training.rehearsal import rehearse_measuring, rehearse_storing
 from distill.training.seed_run import SeedRun
-from distill.undrawn import Undrawn
 
 
 def check(
@@ -58,10 +57,7 @@ def check(
         device = chosen_device(experiment)
         rehearse_all(builder, open_sources(builder), device)
         return
-    with Undrawn():
-        faults = find_faults(experiment, registry, allow_remote_code=allow_remote_code)
-    if faults:
-        raise ConfigError(faults)
+    refuse_faults(experiment, registry, allow_remote_code=allow_remote_code)
 
 
 def check_to_run(

@@ -29,8 +29,8 @@ def plugins(files: Sequence[str | os.PathLike[str]] = ()) -> Registry:
     """
     entries: list[Entry] = []
     records: list[PluginRecord] = []
-    for point in _entry_points():
-        record, offered = _load_entry_point(point)
+    for point, distribution, version in _entry_points():
+        record, offered = _load_entry_point(point, distribution, version)
         records.append(record)
         entries += offered
     for file in files:
@@ -40,20 +40,29 @@ def plugins(files: Sequence[str | os.PathLike[str]] = ()) -> Registry:
     return Registry(entries, records)
 
 
-def _entry_points() -> list[metadata.EntryPoint]:
-    """Return the plugins' entry points, each once though its package be found on two paths."""
-    points = metadata.entry_points(group=hookspecs.PROJECT)
-    unique = {(_distribution(p)[0], p.name, p.value): p for p in reversed(list(points))}
+def _entry_points() -> list[tuple[metadata.EntryPoint, str, str]]:
+    """Return the plugins' entry points with the names and versions of their packages.
+
+    Each comes once, though its package be found on two paths.
+    """
+    unique = {}
+    for point in reversed(list(metadata.entry_points(group=hookspecs.PROJECT))):
+        name, version = _distribution(point)
+        unique[name, point.name, point.value] = point, name, version
     return [unique[key] for key in sorted(unique)]
 
 
 def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
     dist = getattr(point, "dist", None)
-    return (dist.metadata["Name"], dist.version) if dist is not None else ("unknown package", "")
+    if dist is None:
+        return "unknown package", ""
+    package = dist.metadata  # read anew for each look
+    return package["Name"], package["Version"]
 
 
-def _load_entry_point(point: metadata.EntryPoint) -> tuple[PluginRecord, list[Entry]]:
-    name, version = _distribution(point)
+def _load_entry_point(
+    point: metadata.EntryPoint, name: str, version: str
+) -> tuple[PluginRecord, list[Entry]]:
     try:
         module = point.load()
         offered = _offered(module, f"{name} {version}")

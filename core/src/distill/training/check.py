@@ -23,6 +23,7 @@ from distill.training.parts import Parts, is_built
 from distill.training.split_gradients import terms_apart
 from distill.training.stage import Assembly, assemble
 from distill.training.teacher_store import check_encoding, check_temperature
+from distill.undrawn import Undrawn
 
 META = torch.device("meta")
 T = TypeVar("T")
@@ -42,6 +43,20 @@ def check(
         checker.run()
     refused = set() if allow_remote_code else set(refusals(experiment, registry))
     return [fault for fault in checker.faults if fault not in refused]
+
+
+def refuse_faults(
+    experiment: Experiment, registry: Registry, *, allow_remote_code: bool = False
+) -> None:
+    """Check as ``check`` does, for a process that needs none of the models' initial values.
+
+    Raises:
+        ConfigError: with every fault of the file.
+    """
+    with Undrawn():
+        faults = check(experiment, registry, allow_remote_code=allow_remote_code)
+    if faults:
+        raise ConfigError(faults)
 
 
 def refusals(experiment: Experiment, registry: Registry) -> list[Fault]:

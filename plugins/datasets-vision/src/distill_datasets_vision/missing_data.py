@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from distill_datasets_vision.data_layouts import LAYOUTS, Layout
@@ -25,18 +26,30 @@ def telling_what_is_missing(dataset: type[Any]) -> Callable[..., Any]:
         OSError: if they were to be downloaded and could not be.
         ModuleNotFoundError: if the class needs a package that is not installed.
     """
-    signature = closed_signature(dataset)
+    return _Factory(dataset)
 
-    @functools.wraps(dataset, updated=())
-    def build(*args: Any, **params: Any) -> Any:
+
+class _Factory:
+    """See ``telling_what_is_missing``. The signature is put together when it is first looked at."""
+
+    def __init__(self, dataset: type[Any]) -> None:
+        functools.update_wrapper(self, dataset, updated=())
+        self._dataset = dataset
+
+    @cached_property
+    def __signature__(self) -> inspect.Signature:
+        return closed_signature(self._dataset)
+
+    def __call__(self, *args: Any, **params: Any) -> Any:
+        name, signature = self._dataset.__name__, self.__signature__
         bound = signature.bind(*args, **params)
         if "download" in signature.parameters:
             bound.arguments.setdefault("download", False)
         try:
-            return dataset(**bound.arguments)
+            return self._dataset(**bound.arguments)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"{dataset.__name__} needs the package {error.name}: pip install {error.name}"
+                f"{name} needs the package {error.name}: pip install {error.name}"
             ) from error
         except PermissionError:
             raise
@@ -44,10 +57,7 @@ def telling_what_is_missing(dataset: type[Any]) -> Callable[..., Any]:
             if isinstance(error.__context__, ImportError):  # torchvision's words for that
                 raise
             bound.apply_defaults()
-            raise _explained(dataset.__name__, bound.arguments, error) from error
-
-    build.__signature__ = signature  # type: ignore[attr-defined]
-    return build
+            raise _explained(name, bound.arguments, error) from error
 
 
 def closed_signature(dataset: type[Any]) -> inspect.Signature:

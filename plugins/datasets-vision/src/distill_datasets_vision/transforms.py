@@ -35,7 +35,8 @@ KINDS: dict[str, type] = {
 """What ``fill`` and ``dtype`` may name to have a value each, besides ``others``."""
 
 
-def torchvision_transforms() -> dict[str, Callable[..., Transform]]:
+@functools.cache
+def torchvision_transforms() -> Mapping[str, Callable[..., Transform]]:
     """Return every v2 transform by its name that can be built from plain data.
 
     They turn one image (or clip) into one, or as joint transforms image and target into both. An
