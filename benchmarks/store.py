@@ -6,6 +6,8 @@ sample, and a store of as many samples as ImageNet has, filled and read.
 distill without a store, filling one and reading it, and the same loop with targets for free.
 Augmentation is on: each epoch takes a view of every sample. Each turn is an epoch of every side, a
 fifth at a time, of which filling begins with an empty store.
+``steps``: what a store adds to a step of those epochs, seen beside networks of a single layer,
+since beside a ResNet-18 it is less than what the machine's time scatters by.
 ``views``: an epoch of distillation with four views taken from each decoding of a JPEG and the
 teacher's logits stored, against an epoch of plain training, which decodes every image.
 
@@ -54,6 +56,7 @@ CROPS = (32, 64)
 """The larger a crop, the more the student takes beside the decoding."""
 WIDTH, IMAGENET, BATCH = 2_000, 1_281_167, 64
 EPOCHS_BATCH = 16
+STEPS_TURNS = 25
 PARTS = 5
 """An epoch's parts, which take turns, so that a slow minute of the machine is every side's."""
 Batches = Callable[[], Iterator[Batch]]
@@ -149,10 +152,21 @@ class Side:
         return self.batches()
 
 
+class SingleLayer(nn.Sequential):
+    """A network that costs next to nothing."""
+
+    def __init__(self, classes: int = 1000):
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
+
+
+DATA_SETS = {"Images": Images, "Photos": Photos}
+MODELS = {"Free": Free, "SingleLayer": SingleLayer}
+
+
 def side(described: Mapping[str, Any], folder: Path, stack: ExitStack) -> Side:
     """Put together what an experiment's only stage is."""
     folder.mkdir()
-    run = opened(described, folder, {"Images": Images, "Photos": Photos}, {"Free": Free})
+    run = opened(described, folder, DATA_SETS, MODELS)
     run.builder.stores = folder / "stores"
     (stage,) = run.builder.experiment.stages
     ready = make_ready(run, prepare(run, stage, stack), stack)
@@ -161,9 +175,15 @@ def side(described: Mapping[str, Any], folder: Path, stack: ExitStack) -> Side:
     return Side(run, ready.loop, ready.source, ready.plan, distiller.stores)
 
 
-def described(teacher: str | None, data: Mapping[str, Any], dataset: Any, **role: Any) -> Any:
-    """Return an experiment: a ResNet-18 with a teacher, or alone."""
-    models: dict[str, Any] = {"student": {"type": "resnet18"}}
+def described(
+    teacher: str | None,
+    data: Mapping[str, Any],
+    dataset: Any,
+    student: str = "resnet18",
+    **role: Any,
+) -> Any:
+    """Return an experiment: a student with a teacher, or alone."""
+    models: dict[str, Any] = {"student": {"type": student}}
     stage: dict[str, Any] = {
         "name": "distil",
         "epochs": 4,
@@ -174,7 +194,7 @@ def described(teacher: str | None, data: Mapping[str, Any], dataset: Any, **role
         "metrics": [],
     }
     if teacher is not None:
-        params = {} if teacher == "Free" else UNTRAINED
+        params = {} if teacher in MODELS else UNTRAINED
         models["teacher"] = {"type": teacher, "params": params}
         stage["teacher"] = {"model": "teacher", **role}
         loss = {"temperature": TEMPERATURE, "alpha": ALPHA}
@@ -234,10 +254,7 @@ def sides_of_stages(
     teacher: str, samples: int, size: int, folder: Path, stack: ExitStack
 ) -> dict[str, tuple[Train, Batches]]:
     """Return how a stage trains and on what, warm; of stored ones all is stored."""
-    transforms = [{"type": name, "params": params} for name, params in augmented(size).items()]
-    params = {"samples": samples, "size": size}
-    dataset = {"type": "Images", "params": params, "transforms": transforms}
-    data = {"batch_size": EPOCHS_BATCH, "views": 1}
+    dataset, data = augmented_images(samples, size), {"batch_size": EPOCHS_BATCH, "views": 1}
     with_store = described(teacher, data, dataset, store=True)
     reduced = described(teacher, data, dataset, store=True)
     reduced["stages"][0] |= {"precision": "bf16", "channels_last": True}
@@ -283,6 +300,41 @@ def sides_of_scripts(teacher: str, samples: int, size: int) -> dict[str, tuple[T
     return {name: (train, batches) for name, train in trains.items()}
 
 
+def steps(turns: int, samples: int, size: int) -> None:
+    """Print what filling and reading add to a step."""
+    dataset, data = augmented_images(samples, size), {"batch_size": EPOCHS_BATCH, "views": 1}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+
+        def ready(name: str, store: bool) -> Side:
+            layer = "SingleLayer"
+            wanted = described(layer, data, dataset, student=layer, store=store)
+            return side(wanted, Path(folder, name), stack)
+
+        plain, filling, stored = (
+            ready("plain", False),
+            ready("filling", True),
+            ready("stored", True),
+        )
+        stored.epoch()
+        works = [plain.epoch, lambda: filling.train(filling.anew()), stored.epoch]
+        found = in_turns(works, turns, CPU)
+    count = -(-samples // EPOCHS_BATCH)
+    print("| a step of a single layer | time | beyond no store |")
+    print("| --- | ---: | ---: |")
+    for name, took in zip(("no store", "filling", "stored"), found, strict=True):
+        beyond = median(one - other for one, other in zip(took, found[0], strict=True))
+        added = f"{beyond / count * 1e3:.2f} ms" if took is not found[0] else ""
+        print(f"| {name} | {median(took) / count * 1e3:.2f} ms | {added} |")
+    print(f"\nBatches of {EPOCHS_BATCH} images of {size} x {size}, 1,000 logits.")
+
+
+def augmented_images(samples: int, size: int) -> dict[str, Any]:
+    """Return a data set as a file describes it."""
+    transforms = [{"type": name, "params": params} for name, params in augmented(size).items()]
+    params = {"samples": samples, "size": size}
+    return {"type": "Images", "params": params, "transforms": transforms}
+
+
 def augmented(size: int) -> dict[str, dict[str, Any]]:
     """Return transforms of images by name, as a file describes them."""
     return {
@@ -307,7 +359,7 @@ def views(turns: int, samples: int, crop: int) -> None:
         dataset = {"type": "Photos", "params": {"folder": str(photos)}, "transforms": transforms}
         alone = side(described(None, {"batch_size": 32}, dataset), Path(folder, "alone"), stack)
         data = {"batch_size": 32, "views": 4, "views_at_once": 4}
-        role = {"store": {"encoding": "top_k", "temperature": TEMPERATURE}}
+        role: Any = {"store": {"encoding": "top_k", "temperature": TEMPERATURE}}
         one = side(described("resnet18", data, dataset, **role), Path(folder, "one"), stack)
         one.epoch()
         plain, stored = in_turns([alone.epoch, one.epoch], turns, CPU)
@@ -370,7 +422,7 @@ def _all_valid(store: Rows, at: Any, inputs: Any) -> None:
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["rows", "epochs", "views"])
+    parser.add_argument("what", nargs="*", default=["rows", "steps", "epochs", "views"])
     parser.add_argument("--turns", type=int, default=6, help="epochs of each side")
     parser.add_argument("--samples", type=int, default=320, help="images of an epoch")
     parser.add_argument("--size", type=int, default=64, help="height and width of these images")
@@ -380,6 +432,8 @@ def main() -> None:
     given = parser.parse_args()
     if "rows" in given.what:
         rows(given.rows)
+    if "steps" in given.what:
+        steps(STEPS_TURNS, given.samples, given.size)
     if "epochs" in given.what:
         epochs(given.turns, given.samples, given.size, given.teachers)
     if "views" in given.what:

@@ -44,6 +44,7 @@ RELATIONS = ["--only", "torchdistill", "--pages", "kept", "--turns", "15"]
 TABLES = {
     "loop": Table(["loop.py"]),
     "rows": Table(["store.py", "rows"]),
+    "store-steps": Table(["store.py", "steps"]),
     "epochs": Table(["store.py", "epochs"]),
     "views": Table(["store.py", "views", "--turns", "9"]),
     "fast": Table(["fast_teacher.py"]),
