@@ -6,7 +6,8 @@ keep the pages of large temporaries and in others that get fresh ones, several o
 printed are the lowest and the highest of the medians that these find, and of the ratios. The floor
 is what it takes to move as many bytes as the rows of all negatives have, at the speed of a copy.
 
-``sizes``: set-up and loss for more samples.
+``sizes``: set-up and loss for more samples, and what of the set-up the system takes to give the
+memory of the banks.
 
 The sides of a measurement take turns, so that whatever slows the machine slows all.
 """
@@ -19,6 +20,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -179,11 +181,12 @@ def _span(values: Sequence[float], before: str = "", digits: int = 0) -> str:
 def compare_sizes(options: argparse.Namespace) -> None:
     """Print what the loss and its set-up cost for more samples."""
     batch, turns, device = options.batch_size, options.turns, torch.device(options.device)
-    print("| samples | set-up | beyond the banks | loss | of it drawing |")
-    print("| ------: | -----: | ---------------: | ---: | ------------: |")
+    print("| samples | set-up | first touch alone | beyond the banks | loss | of it drawing |")
+    print("| ------: | -----: | ----------------: | ---------------: | ---: | ------------: |")
     student, teacher = _sides(batch, device)
     for size in SIZES:
         labels, loss = Labels(size), CRDLoss(NEGATIVES)
+        touched = first_touch(2 * size * WIDTH, device)
         before = psutil.Process().memory_info().rss
         started = perf_counter()
         loss.setup(student, teacher, torch.arange(batch), labels)
@@ -195,10 +198,23 @@ def compare_sizes(options: argparse.Namespace) -> None:
         tasks: list[Work] = [partial(there_and_back, loss, student, teacher, index), drawn]
         whole, drawing = taking_turns(tasks, turns, device)
         print(
-            f"| {size:,} | {taken:.2f} s | {beyond / 1e6:,.0f} MB | {whole * 1e3:.0f} ms "
-            f"| {drawing * 1e3:.0f} ms |",
+            f"| {size:,} | {taken:.2f} s | {touched:.2f} s | {beyond / 1e6:,.0f} MB "
+            f"| {whole * 1e3:.0f} ms | {drawing * 1e3:.0f} ms |",
             flush=True,
         )
+
+
+def first_touch(numbers: int, device: torch.device) -> float:
+    """Return the seconds that all threads take to write to the memory of so many numbers.
+
+    The system gives it page by page as it is written to, which can take longer than what is
+    written.
+    """
+    memory = torch.empty(numbers, device=device)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        started = perf_counter()
+        list(threads.map(torch.Tensor.zero_, memory.split(2**21)))
+        return perf_counter() - started
 
 
 PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {

@@ -209,21 +209,18 @@ class Classes(nn.Module):
 def _by_class(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the samples, those of a class side by side, int32 (N), and how many are in each, (C).
 
-    Labels and samples are sorted as one number, in place: what torch sorts needs four times as
-    much memory, which would be most of what the set-up takes beside the banks.
+    NumPy sorts numbers of 16 bits by counting, ten times as fast as wider ones, and in less memory
+    than torch, which would be most of what the set-up takes beside the banks.
     """
-    size, alone = len(labels), labels < 0
+    alone = labels < 0
     if alone.any():
         labels = labels.clone()
         labels[alone] = labels.amax() + 1 + torch.arange(int(alone.sum()))
-    if int(labels.amax()) >= LARGEST // size:
-        labels = labels.unique(return_inverse=True)[1]
-    both = torch.arange(size).add_(labels, alpha=size)
-    both.numpy().sort()
-    order = both.remainder(size).int()
-    of = both.div_(size, rounding_mode="floor")
+    narrow = labels.short() if int(labels.amax()) < 2**15 else labels
+    order = torch.from_numpy(narrow.numpy().argsort(kind="stable"))
+    of = labels[order]
     first = torch.cat([torch.ones(1, dtype=torch.bool), of[1:] != of[:-1]]).nonzero().flatten()
-    return order, torch.cat([first, torch.tensor([size])]).diff()
+    return order.int(), torch.cat([first, torch.tensor([len(of)])]).diff()
 
 
 def enough(size: int, largest_class: int, count: int) -> int:
