@@ -7,6 +7,7 @@ import signal
 import numpy
 import pytest
 import torch
+from torch.utils.data import StackDataset
 from torch.utils.data import Subset as TorchSubset
 
 from distill import DataError, Sample
@@ -15,9 +16,12 @@ from distill.data.keepable import split
 from distill.data.keeping import keep
 from distill.data.loader import Loading, evaluation_batches, sample_batch, training_batches
 from distill.data.plan import Plan
+from distill.data.reading_samples import TRIED
 from distill.data.source import Source
 
 SIZE = 24
+TRIALS = 2 * TRIED
+"""Readings one by one of the first samples read together, to compare them with."""
 
 
 class Numbers:
@@ -184,11 +188,11 @@ def equal(left, right):
 def test_a_data_set_that_can_is_asked_once_a_batch(workers):
     data = Together()
     batches = epoch_of(data, loading=Loading(workers))
-    assert data.calls.tolist() == [0, len(batches)]
+    assert data.calls.tolist() == [TRIALS * max(1, workers), len(batches)]
     assert equal(batches, epoch_of(Numbers()))
     data = Together()
     batches = evaluated(data, Loading(workers))
-    assert data.calls.tolist() == [0, len(batches)]
+    assert data.calls.tolist() == [TRIALS * max(1, workers), len(batches)]
     assert equal(batches, evaluated(Numbers()))
 
 
@@ -203,7 +207,7 @@ def test_samples_read_together_know_their_places():
 def test_first_samples_are_read_together():
     data = Together()
     assert sample_batch(Source("photos", data), 3, seed=1).targets.tolist() == [0, 1, 2]
-    assert data.calls.tolist() == [0, 1]
+    assert data.calls.tolist() == [TRIALS, 1]
 
 
 @pytest.mark.parametrize("transform", [noise, noise_in_place])
@@ -221,7 +225,7 @@ def test_views_at_once_are_of_one_reading_across_batches():
     """Batches of 5 end between the two views of a sample, whose reading serves the next one."""
     data = Together()
     batches = epoch_of(data, views=4, views_at_once=2, batch_size=5)
-    assert data.calls.tolist() == [0, len(batches)]
+    assert data.calls.tolist() == [TRIALS, len(batches)]
     seen = [index for batch in batches for index in batch.index.tolist()]
     assert data.read == seen[::2] == seen[1::2]
 
@@ -270,7 +274,7 @@ def test_a_bad_sample_is_left_out_of_an_evaluation_as_if_read_one_by_one():
 def test_only_the_batch_that_fails_is_read_one_by_one():
     data = Together(bad=[9])
     batches = epoch_of(data, loading=SKIPPING)
-    assert data.calls.tolist() == [5, len(batches)]
+    assert data.calls.tolist() == [TRIALS + 5, len(batches)]
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -284,6 +288,72 @@ def test_a_data_set_that_draws_is_asked_together_once_and_then_left_alone(draw, 
     together = epoch_of(data, **plan)
     assert data.calls[1] == 1
     assert equal(together, epoch_of(OneByOne(data), **plan))
+
+
+def forked():
+    with torch.random.fork_rng(devices=[]):
+        return torch.rand(())
+
+
+def restored():
+    state = random.getstate()
+    number = random.random()
+    random.setstate(state)
+    return number
+
+
+def seeding(seed):
+    """Return what draws nothing, and lets all that is drawn behind it begin at one place."""
+
+    def draw():
+        torch.manual_seed(seed)
+        return 0
+
+    return draw
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: numpy.random.default_rng(torch.initial_seed()).random(),
+        forked,
+        restored,
+        seeding(0),
+        seeding(7),
+    ],
+    ids=["initial_seed", "forked", "restored", "seed 0", "seed 7"],
+)
+def test_a_data_set_that_moves_no_generator_and_looks_at_one_is_read_one_by_one(draw, plan):
+    data = Drawing(draw)
+    together = epoch_of(data, [noise], **plan)
+    assert data.calls[1] == 1
+    assert equal(together, epoch_of(OneByOne(data), [noise], **plan))
+
+
+def test_a_data_set_that_gives_others_together_is_read_one_by_one():
+    class Values(Together):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0]
+
+        def __getitems__(self, indices):
+            return [item.input for item in super().__getitems__(indices)]
+
+    class Negatives(Values):
+        def __getitem__(self, index):
+            return -super().__getitem__(index)
+
+    stacked = StackDataset(Negatives(), range(SIZE))  # which asks for what its parts inherit
+    assert equal(epoch_of(stacked), epoch_of(OneByOne(stacked)))
+
+
+def test_a_data_set_whose_attributes_raise_is_read_one_by_one():
+    class Closed(Together):
+        @property
+        def dataset(self):
+            raise OSError("the file is closed")
+
+    assert equal(epoch_of(Closed()), epoch_of(Numbers()))
 
 
 def test_a_data_set_that_begins_to_draw_later_is_noticed():
@@ -334,7 +404,7 @@ def test_a_subset_reads_as_its_whole_does(kind):
     which = [5, 1, 9, 8, 2, 20, 21]
     data = Together()
     batches = epoch_of(kind(data, which))
-    assert data.calls.tolist() == [0, len(batches)]
+    assert data.calls.tolist() == [TRIALS, len(batches)]
     assert equal(batches, epoch_of(kind(Numbers(), which)))
 
 
@@ -351,7 +421,7 @@ def test_samples_that_are_kept_in_memory_are_read_together(workers):
     chosen = split(source)
     data.calls.zero_()
     kept = keep(source, chosen, Loading(workers), torch.device("cpu"))
-    assert data.calls.tolist() == [0, 3]
+    assert data.calls.tolist() == [TRIALS * max(1, workers), 3]
     assert kept.inputs[:, 0].tolist() == kept.targets.tolist() == list(range(150))
 
 

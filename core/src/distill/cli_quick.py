@@ -11,8 +11,8 @@ from pathlib import Path
 
 from distill.without_dynamo import without_dynamo
 
-NAMES = {"distill", "distill.exe"}
 MAIN = Path(__file__).with_name("__main__.py")
+SCRIPTS = {Path(sys.executable).with_name(name) for name in ("distill", "distill.exe")}
 """What a process runs that is a command alone; others, such as tests, go on behind it."""
 
 
@@ -25,7 +25,7 @@ def quick() -> Iterator[None]:
     the command itself turns that on.
     """
     program = Path(sys.argv[0])
-    alone = program.name in NAMES or program == MAIN
+    alone = program == MAIN or program in SCRIPTS
     if alone:
         atexit.register(_end_quickly)
     was_enabled = gc.isenabled()

@@ -28,12 +28,12 @@ def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
 
     ``repeat`` tells apart the times a sample comes in one epoch.
     """
-    _seed_all(derive(seed, "sample", epoch, index, *([repeat] if repeat else [])))
+    seed_all(derive(seed, "sample", epoch, index, *([repeat] if repeat else [])))
 
 
 def seed_reading(index: int) -> None:
     """Seed what a data set draws when it reads a sample of which there are fixed views."""
-    _seed_all(derive(0, "reading", index))
+    seed_all(derive(0, "reading", index))
 
 
 def seed_view(index: int, view: int, part: int = 0) -> None:
@@ -42,10 +42,11 @@ def seed_view(index: int, view: int, part: int = 0) -> None:
     It does not depend on the seed of a run, so that all runs share what is stored of the views.
     ``part`` tells apart transforms that are applied to a batch at a time.
     """
-    _seed_all(derive(0, "view", index, view, *([part] if part else [])))
+    seed_all(derive(0, "view", index, view, *([part] if part else [])))
 
 
-def _seed_all(value: int) -> None:
+def seed_all(value: int) -> None:
+    """Seed all generators that data may draw from."""
     torch.default_generator.manual_seed(value)
     random.seed(value)
     numpy.random.seed(value & 0xFFFFFFFF)

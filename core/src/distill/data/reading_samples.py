@@ -22,6 +22,8 @@ EVALUATION = -1
 """The epoch that evaluation draws as."""
 LONGEST_GAP = 100
 """So many unreadable samples in a row end a run that skips them."""
+TRIED = 2
+"""So many samples that were read together are compared with themselves read one by one."""
 WAY_OUT = "data: {on_bad_sample: skip} passes over such samples"
 Fingerprints = Literal["inputs", "all"]
 """What of a sample a fingerprint is of: its inputs, or targets and extras too."""
@@ -83,7 +85,8 @@ class SeededSamples(Dataset[Item]):
         reading: where it is noted which sample is read.
         latest: the sample whose views are being read, by index.
         ahead: samples of the batch that were read together and have not been used yet, by index.
-        draws: whether the data set was seen to draw when it read samples together.
+        together: whether samples are read together, if the data set has a way to.
+        tried: whether it was seen that they are then the same as one by one.
     """
 
     source: Source
@@ -92,10 +95,11 @@ class SeededSamples(Dataset[Item]):
     reading: Reading
     latest: dict[int, Sample] = field(default_factory=dict)
     ahead: dict[int, Sample] = field(default_factory=dict)
-    draws: bool = False
+    together: bool = True
+    tried: bool = False
 
     def __getitems__(self, keys: list[Key]) -> list[Item]:
-        if self.source.reads_together and not self.draws:
+        if self.together and self.source.reads_together:
             self._read_ahead(keys)
         return [self[key] for key in keys]
 
@@ -160,15 +164,36 @@ class SeededSamples(Dataset[Item]):
         return self.source.untransformed(index)
 
     def _read_ahead(self, keys: list[Key]) -> None:
-        """Read the samples of a batch together, unless that draws: each has a place of its own."""
+        """Read the samples of a batch together, unless they are then others or draw.
+
+        One by one each has a place of its own to draw from.
+        """
         wanted = list(dict.fromkeys(index for index, _ in keys if index not in self.latest))
         if not wanted:
             return
         restart_generators()
         self.reading.note(wanted[0], len(wanted) - 1)
         read = self.source.untransformed_together(wanted)
-        self.draws = has_drawn()
-        self.ahead = {} if self.draws else read
+        self.together = not has_drawn()
+        if read and self.together and not self.tried:
+            self.together = all(self._is_alike(read[index]) for index in wanted[:TRIED])
+            self.tried = True
+        self.ahead = read if self.together else {}
+
+    def _is_alike(self, sample: Sample) -> bool:
+        """Whether a sample is the same read by itself, wherever the generators stand."""
+        try:
+            randomness.seed_reading(sample.index)
+            alone = self.source.untransformed(sample.index)
+            restart_generators()
+            again = self.source.untransformed(sample.index)
+            return not has_drawn() and _hash(alone) == _hash(again) == _hash(sample)
+        except DataError:  # also where no fingerprint can be taken
+            return False
+
+
+def _hash(sample: Sample) -> int:
+    return fingerprint((sample.input, sample.target, sample.extras))
 
 
 def _copied(sample: Sample) -> Sample:

@@ -79,7 +79,10 @@ class Source:
     @cached_property
     def reads_together(self) -> bool:
         """Whether the data set has a way to read several samples at once."""
-        return _reads_together(self.dataset)
+        try:
+            return _reads_together(self.dataset)
+        except Exception:  # of a plugin's property
+            return False
 
     def untransformed_together(self, indices: Sequence[int]) -> dict[int, Sample]:
         """Return different samples as the data set gives them when asked for all at once.

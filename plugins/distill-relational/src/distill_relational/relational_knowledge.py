@@ -196,7 +196,7 @@ class RKDAngleLoss(RelationalLoss):
 
 
 class RKDLoss(RelationalLoss):
-    r"""Both losses of RKD on the same features, in four fifths of the time of two terms.
+    r"""Both losses of RKD on the same features, in less time than as two terms.
 
     .. math::
         L = \alpha L_{RKDDistanceLoss} + \beta L_{RKDAngleLoss}
