@@ -12,7 +12,7 @@ from pathlib import Path
 from distill.without_dynamo import without_dynamo
 
 MAIN = Path(__file__).with_name("__main__.py")
-SCRIPTS = {Path(sys.executable).with_name(name) for name in ("distill", "distill.exe")}
+SCRIPTS = {Path(sys.executable or "python").with_name(f"distill{end}") for end in ("", ".exe")}
 """What a process runs that is a command alone; others, such as tests, go on behind it."""
 
 
