@@ -57,6 +57,7 @@ CROPS = (32, 64)
 WIDTH, IMAGENET, BATCH = 2_000, 1_281_167, 64
 EPOCHS_BATCH = 16
 STEPS_TURNS = 25
+"""Epochs of each side, which take a second."""
 PARTS = 5
 """An epoch's parts, which take turns, so that a slow minute of the machine is every side's."""
 Batches = Callable[[], Iterator[Batch]]
@@ -305,16 +306,13 @@ def steps(turns: int, samples: int, size: int) -> None:
     dataset, data = augmented_images(samples, size), {"batch_size": EPOCHS_BATCH, "views": 1}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
 
-        def ready(name: str, store: bool) -> Side:
+        def ready(name: str, *, store: bool) -> Side:
             layer = "SingleLayer"
             wanted = described(layer, data, dataset, student=layer, store=store)
             return side(wanted, Path(folder, name), stack)
 
-        plain, filling, stored = (
-            ready("plain", False),
-            ready("filling", True),
-            ready("stored", True),
-        )
+        plain = ready("plain", store=False)
+        filling, stored = (ready(name, store=True) for name in ("filling", "stored"))
         stored.epoch()
         works = [plain.epoch, lambda: filling.train(filling.anew()), stored.epoch]
         found = in_turns(works, turns, CPU)

@@ -199,7 +199,8 @@ class RKDLoss(RelationalLoss):
     r"""Both losses of RKD on the same features, in less time than as two terms.
 
     .. math::
-        L = \alpha L_{RKDDistanceLoss} + \beta L_{RKDAngleLoss}
+        L = \alpha L_{RKDDistanceLoss} + \beta L_{RKDAngleLoss}, \quad
+        \alpha = \text{distance\_weight}, \ \beta = \text{angle\_weight}
 
     See there for both. Distances are found once, and the gradient is one product of matrices; time
     and memory are those of the angles. The log has the sum alone.
