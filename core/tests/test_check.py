@@ -202,6 +202,34 @@ def test_an_inherited_fault_is_told_once(experiment_text, registry):
     assert len(faults_of(text.replace("test:", third), registry)) == 1
 
 
+def test_a_fault_in_the_inputs_of_two_stages_is_told_once(experiment_text, registry):
+    text = experiment_text.replace("student.body}", "studnt.body}")
+    third = "  - name: again\n    epochs: 1\ntest:"
+    assert len(faults_of(text.replace("test:", third), registry)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "right", "wrong", "said"),
+    [
+        ("type: MSELoss", "target: teacher.body", "target: teacher.bdy", "no module 'bdy'"),
+        ("in_features", "input: student.body", "input: student.bdy", "no module 'bdy'"),
+        ("type: Distance", "type: Distance", "type: Distance, inputs: {teachr: teacher}", "teachr"),
+        ("in_features", "{input: student.body", "{inpt: student.body", "takes no input 'inpt'"),
+    ],
+)
+def test_inputs_of_what_cannot_be_built_are_checked_all_the_same(
+    experiment_text, registry, fault, right, wrong, said
+):
+    text = experiment_text.replace(right, wrong, 1)
+    alone = faults_of(text, registry)
+    broken = {"type: Distance": "type: Distance, params: {scal: 2}"}.get(fault, fault[:-1])
+    both = faults_of(text.replace(fault, broken, 1), registry)
+    assert len(alone) == 1
+    assert said in alone[0]
+    assert len(both) == 2, "\n".join(both)
+    assert any(said in line for line in both)
+
+
 def test_a_loss_that_needs_a_teacher_says_so_in_a_stage_without_one(experiment_text, registry):
     text = experiment_text.replace("ce: {type: CrossEntropyLoss}", "ce: {type: Distance}")
     (fault,) = faults_of(text, registry)

@@ -310,6 +310,16 @@ def test_what_is_worth_knowing_is_noted(tmp_path):
     assert event.trainable == event.parameters - 40
 
 
+@pytest.mark.parametrize(
+    ("weight", "lowest"), [(-0.5, "-0.5"), ({"start": 0, "end": -2, "over": 3}, "-2")]
+)
+def test_a_term_that_is_made_larger_is_noted(tmp_path, weight, lowest):
+    run = seed_run(tmp_path, {"criterion": {"ce": {"type": "CrossEntropyLoss", "weight": weight}}})
+    train_stage(run, 0)
+    ((event),) = run.tell.of("stage_start")
+    assert event.notes == [f"'ce' is made larger where its weight is negative ({lowest})"]
+
+
 COSINE = "CosineAnnealingLR has its lowest rate after T_max: "
 
 

@@ -295,13 +295,17 @@ def _check_owners(resolver: Resolver, draft: StageDraft, stage: Stage) -> None:
     parts: list[Wired] = [*stage.auxiliary.values(), *stage.criterion.values()]
     for part in parts:
         for key, ref in each_reference(part.inputs):
-            if ref.owner not in owners and not _is_lost(resolver, draft, ref.owner):
+            place = (*part.component.path, "inputs", *key)
+            if ref.owner in owners or place in resolver.lost:
+                continue
+            if not _is_hidden(resolver, draft, ref.owner):
                 hint = did_you_mean(ref.owner, owners) or f" (there are: {', '.join(owners)})"
                 where = f"stage '{draft.name}' has no '{ref.owner}'"
-                resolver.fault((*part.component.path, "inputs", *key), where + hint)
+                resolver.fault(place, where + hint)
+                resolver.lost.add(place)
 
 
-def _is_lost(resolver: Resolver, draft: StageDraft, owner: str) -> bool:
+def _is_hidden(resolver: Resolver, draft: StageDraft, owner: str) -> bool:
     """Whether a fault hides what the stage calls ``owner``."""
     sections = ("teacher", "teachers", "auxiliary")
     places = [*sections, f"teachers.{owner}", f"auxiliary.{owner}"]

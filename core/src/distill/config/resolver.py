@@ -20,6 +20,7 @@ class Resolver:
     Attributes:
         gaps: what was left out of the data since it had a fault.
         missing: keys told to be missing already.
+        lost: places of references told to lead nowhere, which later stages inherit.
     """
 
     document: Document
@@ -27,6 +28,7 @@ class Resolver:
     gaps: Gaps
     faults: list[Fault] = field(default_factory=list)
     missing: set[str] = field(default_factory=set)
+    lost: set[Path] = field(default_factory=set)
 
     def fault(self, path: Path, message: str) -> None:
         """Note a fault."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from distill import randomness
 from distill.config.experiment import Auxiliary, Component, Stage
-from distill.errors import ConfigError, Fault
+from distill.errors import ConfigError, Fault, PluginError
 from distill.model.adapter import Adapter
 from distill.training.build import Builder
 
@@ -116,6 +116,13 @@ class Maker:
         if key not in self.parts.modules:
             self.parts.add(key, Adapter())
         return self.parts.modules[key]
+
+    def factory(self, kind: str, component: Component) -> Callable[..., Any] | None:
+        """Return what builds a part, if there is such a component."""
+        try:
+            return self.builder.registry.find(kind, component.type).factory
+        except PluginError:
+            return None
 
     def _all(self, described: Mapping[str, tuple[PartKey, Component]]) -> dict[str, nn.Module]:
         built = {}

@@ -19,7 +19,7 @@ from distill.reference import STUDENT
 from distill.training import sharding
 from distill.training.around import redesigned, special_module
 from distill.training.build import Builder
-from distill.training.parts import Maker, Parts
+from distill.training.parts import Maker, Parts, is_built
 from distill.training.wires import Wiring
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,7 +114,7 @@ def assemble(
     wiring.place(assembly.auxiliary)
     assembly.in_rows = [assembly.auxiliary[name] for name in wiring.placed]
     assembly.auxiliary.update(peers)
-    auxiliary = _auxiliary_calls(assembly, wiring, are_rows_known=are_rows_known)
+    auxiliary = _auxiliary_calls(assembly, wiring, make, are_rows_known=are_rows_known)
     adapting, terms = _term_calls(assembly, wiring, make)
     auxiliary, assembly.unasked = _asked([*auxiliary, *adapting], terms, wiring)
     if not faults:
@@ -162,9 +162,11 @@ def _term_calls(assembly: Assembly, wiring: Wiring, make: Maker) -> tuple[list[C
     """Return the calls of adapters, and those of terms."""
     adapting: list[Call] = []
     terms: list[Call] = []
-    for name, module in assembly.terms.items():
-        term = assembly.stage.criterion[name]
-        call = wiring.call(name, term, module)
+    for name, term in assembly.stage.criterion.items():
+        if name not in assembly.terms:
+            wiring.check_unbuilt(term, make.factory("losses", term.component))
+            continue
+        call = wiring.call(name, term, assembly.terms[name])
         if term.adapter:
             assembly.adapters[name] = make.adapter(name)
             *before, call = wiring.adapted(name, term, call, assembly.adapters[name])
@@ -212,7 +214,9 @@ def why_whole(stage: Stage, role: str) -> str | None:
     return "parallel: fsdp gathers whole forwards" if sharding.is_sharded(stage) else None
 
 
-def _auxiliary_calls(assembly: Assembly, wiring: Wiring, *, are_rows_known: bool) -> list[Call]:
+def _auxiliary_calls(
+    assembly: Assembly, wiring: Wiring, make: Maker, *, are_rows_known: bool
+) -> list[Call]:
     """Return the calls of auxiliary modules, less those that a redesigned model makes itself.
 
     Where it has not come to be, modules without inputs may be meant for it.
@@ -223,6 +227,8 @@ def _auxiliary_calls(assembly: Assembly, wiring: Wiring, *, are_rows_known: bool
         if described.module is not None:
             module = wiring.module(described)
         is_fed = are_rows_known or bool(described.inputs)
+        if module is None and is_built(described) and described.inputs:
+            wiring.check_unbuilt(described, make.factory("auxiliary_modules", described.component))
         if module is not None and is_fed and name not in wiring.placed:
             calls.append(wiring.call(name, described, module))
     return calls

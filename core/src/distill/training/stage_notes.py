@@ -15,6 +15,7 @@ from distill.training.note import counted
 from distill.training.rehearsal import Rehearsal
 from distill.training.stage import Assembly, why_whole
 from distill.training.stage_events import count_parameters
+from distill.weight_schedule import WeightSchedule
 
 
 def stage_notes(assembly: Assembly, plan: Plan, rehearsal: Rehearsal) -> list[str]:
@@ -24,6 +25,7 @@ def stage_notes(assembly: Assembly, plan: Plan, rehearsal: Rehearsal) -> list[st
         *_controls(assembly),
         *_extents(assembly, rehearsal),
         *(f"{name} does not run: nothing is asked of it" for name in assembly.unasked),
+        *_maximised(assembly),
         *_begun_anew(assembly),
         *_adapters(assembly),
         *_frozen(assembly),
@@ -86,6 +88,14 @@ def _adapters(assembly: Assembly) -> Iterator[str]:
         chosen = "; ".join(adapter.chosen)
         size = counted(count_parameters(adapter), "parameter")
         yield f"the adapter of '{name}': {chosen} ({size})"
+
+
+def _maximised(assembly: Assembly) -> Iterator[str]:
+    for name, term in assembly.stage.criterion.items():
+        weight = term.weight
+        ends = (weight.start, weight.end) if isinstance(weight, WeightSchedule) else (weight,)
+        if min(ends) < 0:
+            yield f"'{name}' is made larger where its weight is negative ({min(ends):g})"
 
 
 def _begun_anew(assembly: Assembly) -> Iterator[str]:

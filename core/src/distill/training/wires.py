@@ -6,6 +6,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,20 @@ class Wiring:
 
     def call(self, name: str, part: Wired, module: nn.Module) -> Call:
         """Find the address of every argument."""
-        return Call(name, module, self._arguments(part, module))
+        return Call(name, module, self._arguments(part, module.forward))
+
+    def check_unbuilt(self, part: Wired, factory: Callable[..., Any] | None) -> None:
+        """Find what is wrong with the inputs of a module whose building failed.
+
+        Args:
+            part: the module.
+            factory: what was to build it, if that is known; only a class tells what it takes.
+        """
+        if isinstance(factory, type) and issubclass(factory, nn.Module):
+            self._arguments(part, partial(factory.forward, None))
+            return
+        for name, wires in part.inputs.items():
+            self._source(wires, (*part.component.path, "inputs", name))
 
     def adapted(self, name: str, term: Term, call: Call, adapter: nn.Module) -> list[Call]:
         """Put an adapter between the student's features and a term: its call, then the term's."""
@@ -147,10 +161,10 @@ class Wiring:
         sides = [self._side(wires) for wires in module.inputs.values()] if module else []
         return STUDENT if STUDENT in sides else TEACHER if TEACHER in sides else None
 
-    def _arguments(self, part: Wired, module: nn.Module) -> dict[str, Source]:
+    def _arguments(self, part: Wired, forward: Callable[..., Any]) -> dict[str, Source]:
         path = part.component.path
-        wanted = wired_parameters(module.forward)
-        open_ended = _takes_any(module.forward)
+        wanted = wired_parameters(forward)
+        open_ended = _takes_any(forward)
         sources: dict[str, Source] = {}
         unknown = [name for name in part.inputs if name not in wanted and not open_ended]
         for name, wires in part.inputs.items():
