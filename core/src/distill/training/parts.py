@@ -120,9 +120,10 @@ class Maker:
     def factory(self, kind: str, component: Component) -> Callable[..., Any] | None:
         """Return what builds a part, if there is such a component."""
         try:
-            return self.builder.registry.find(kind, component.type).factory
+            found: Callable[..., Any] = self.builder.registry.find(kind, component.type).factory
         except PluginError:
             return None
+        return found
 
     def _all(self, described: Mapping[str, tuple[PartKey, Component]]) -> dict[str, nn.Module]:
         built = {}
