@@ -1,7 +1,5 @@
-"""What stored outputs of teachers cost and save: rows on disk, epochs, views of one reading.
+"""What stored outputs of teachers cost and save in training: epochs, views of one reading.
 
-``rows``: microseconds to write and to read what a sample's 1,000 logits take, against one file a
-sample, and a store of as many samples as ImageNet has, filled and read.
 ``epochs``: a ResNet-18 learning from ResNets: by hand, by torchdistill where it is installed, by
 distill without a store, filling one and reading it, and the same loop with targets for free.
 Augmentation is on: each epoch takes a view of every sample. Each turn is an epoch of every side, a
@@ -24,7 +22,6 @@ from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy
@@ -42,7 +39,6 @@ from torch.utils.data import DataLoader, Dataset
 from distill.data.batch import Batch
 from distill.data.loader import training_batches
 from distill.model.stored import Outputs
-from distill.store.rows import CHECKS, ROWS, Rows, create, open_rows
 from distill.training.loop import Loop
 from distill.training.prepared import prepare
 from distill.training.ready import make_ready
@@ -54,7 +50,6 @@ WARM_UP = 3
 """Steps of each side before its epochs count."""
 CROPS = (32, 64)
 """The larger a crop, the more the student takes beside the decoding."""
-WIDTH, IMAGENET, BATCH = 2_000, 1_281_167, 64
 EPOCHS_BATCH = 16
 STEPS_TURNS = 25
 """Epochs of each side, which take a second."""
@@ -368,68 +363,16 @@ def views(turns: int, samples: int, crop: int) -> None:
     )
 
 
-def rows(samples: int) -> None:
-    """Print what rows cost on disk."""
-    generator = numpy.random.default_rng(0)
-    content = generator.integers(0, 256, (BATCH, WIDTH), dtype=numpy.uint8)
-    inputs = generator.integers(1, 2**63, BATCH, dtype=numpy.uint64)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        order = generator.permutation(samples)[: samples // BATCH * BATCH].reshape(-1, BATCH)
-        started = perf_counter()
-        create(Path(folder, "store"), {}, samples, WIDTH)
-        store = open_rows(Path(folder, "store"))
-        write = _timed(order, lambda at: store.write(at, content, inputs))
-        read = _timed(order, lambda at: _all_valid(store, at, inputs))
-        again = _timed(order, lambda at: _all_valid(store, at, inputs))
-        seconds = perf_counter() - started
-        files = [Path(folder, "store", name) for name in (ROWS, CHECKS)]
-        nbytes = sum(file.stat().st_size for file in files)
-        print(
-            f"{samples:,} samples x 1,000 float16 logits: {nbytes / samples:,.0f} bytes each, "
-            f"{len(list(Path(folder, 'store').iterdir()))} files, {seconds:.1f} s in all"
-        )
-        print(f"microseconds a row: written {write:.1f}, read {read:.1f}, again {again:.1f}")
-        few, folder_of_files = 2_000, Path(folder, "files")
-        folder_of_files.mkdir()
-        logits = torch.randn(1000)
-        started = perf_counter()
-        for number in range(few):
-            torch.save({"logits": logits}, folder_of_files / f"{number}.pt")
-        written = (perf_counter() - started) / few
-        started = perf_counter()
-        for number in range(few):
-            torch.load(folder_of_files / f"{number}.pt", weights_only=True)
-        loaded = (perf_counter() - started) / few
-        print(f"a file a sample, by torch: written {written * 1e6:,.0f}, read {loaded * 1e6:,.0f}")
-
-
-def _timed(order: Any, work: Callable[[Any], object]) -> float:
-    """Return the median microseconds a row."""
-    times = []
-    for at in order:
-        started = perf_counter()
-        work(at)
-        times.append(perf_counter() - started)
-    return median(times) / BATCH * 1e6
-
-
-def _all_valid(store: Rows, at: Any, inputs: Any) -> None:
-    assert store.read(at, inputs).valid.all()
-
-
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["rows", "steps", "epochs", "views"])
+    parser.add_argument("what", nargs="*", default=["steps", "epochs", "views"])
     parser.add_argument("--turns", type=int, default=6, help="epochs of each side")
     parser.add_argument("--samples", type=int, default=320, help="images of an epoch")
     parser.add_argument("--size", type=int, default=64, help="height and width of these images")
     parser.add_argument("--photos", type=int, default=192, help="JPEGs that views are taken of")
-    parser.add_argument("--rows", type=int, default=IMAGENET)
     parser.add_argument("--teachers", nargs="*", default=TEACHERS)
     given = parser.parse_args()
-    if "rows" in given.what:
-        rows(given.rows)
     if "steps" in given.what:
         steps(STEPS_TURNS, given.samples, given.size)
     if "epochs" in given.what:

@@ -43,7 +43,7 @@ class Table:
 RELATIONS = ["--only", "torchdistill", "--pages", "kept", "--turns", "15"]
 TABLES = {
     "loop": Table(["loop.py"]),
-    "rows": Table(["store.py", "rows"]),
+    "rows": Table(["store_rows.py"]),
     "store-steps": Table(["store.py", "steps"]),
     "epochs": Table(["store.py", "epochs"]),
     "views": Table(["store.py", "views", "--turns", "9"]),
