@@ -211,7 +211,7 @@ def test_packing_that_is_killed_goes_on_to_the_same_bytes(file: Path, workers: s
     result = packed(file, "photos", "killed", *options)
     assert result.exit_code == 0, result.output
     if workers == "0":  # a worker takes with it what it has not yet handed over
-        assert "\ngoing on: 2 of 4 samples are there already\n" in result.stderr
+        assert "\ngoing on: 2 of 4 samples have been read already\n" in result.stderr
     assert packed(file, "photos", "whole", *options).exit_code == 0
     assert contents(folder) == contents(file.parent / "whole")
 
@@ -269,7 +269,7 @@ def test_a_file_that_is_lost_ends_packing_though_bad_ones_are_skipped(file: Path
     (file.parent / "away.png").rename(photo)
     found = packed(file, *command)
     assert found.exit_code == 0, found.output
-    assert "going on: 2 of 4 samples are there already" in found.stderr
+    assert "going on: 2 of 4 samples have been read already" in found.stderr
     assert "3 samples in 6 files, 0.0 MB; 1 sample skipped" in found.stdout
 
 

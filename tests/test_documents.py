@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from signal import SIGTERM
 
 from distill.cli import EXIT_CODES
 from distill.cli_errors import BUG, RESUMABLE
@@ -80,7 +81,7 @@ def test_documented_exit_codes_are_those_of_help_and_of_every_error() -> None:
     table = re.findall(r"^\| (\d+) \|", PAGE.split("exit codes:\n", 1)[1], re.MULTILINE)
     listed = re.findall(r"(\d+) ", EXIT_CODES)
     assert table == listed
-    kinds, found = [DistillError], {BUG, RESUMABLE, 0}
+    kinds, found = [DistillError], {BUG, RESUMABLE, 128 + SIGTERM, 0}
     while kinds:
         kind = kinds.pop()
         found.add(kind.exit_code)

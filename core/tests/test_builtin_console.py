@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,28 @@ def test_skipped_samples_and_steps_are_told_after_their_epoch():
         "    1 step left out: the gradient overflowed fp16, the scale is lowered",
         "    2 samples skipped, e.g. 17: sample 17 cannot be read",
     ]
+
+
+def test_a_reason_is_told_once_and_samples_skipped_again_are_counted():
+    torn = {number: f"sample {number} cannot be read" for number in (17, 40, 41, 50)}
+    epochs = ([17], [17], [], [40, 17, 41], [17, 41], [50])
+    skipped = [{number: torn[number] for number in numbers} for numbers in epochs]
+    events = [("epoch_end", epoch_end(1 + n, skipped=each)) for n, each in enumerate(skipped)]
+    told = [line.strip() for line in printed(*events).splitlines() if "skipped" in line]
+    assert told == [
+        "1 sample skipped, e.g. 17: sample 17 cannot be read",
+        "1 sample skipped, the same as before",
+        "3 samples skipped, 2 of them new, e.g. 40: sample 40 cannot be read",
+        "2 samples skipped, the same as before",
+        "1 sample skipped, e.g. 50: sample 50 cannot be read",
+    ]
+
+
+def test_samples_of_another_stage_are_told_by_themselves():
+    first = epoch_end(skipped={17: "sample 17 of a"})
+    second = replace(first, position=Position(1, 1, 1, 10), skipped={17: "sample 17 of b"})
+    text = printed(("epoch_end", first), ("epoch_end", second))
+    assert "1 sample skipped, e.g. 17: sample 17 of b" in text
 
 
 def test_the_total_is_shown_where_there_are_several_terms():

@@ -1,8 +1,10 @@
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +189,65 @@ def test_run_eval_and_inspect_of_a_small_experiment(distill, exp):
     assert "wide: (2, 4) -> (2, 3)" in shown.stdout
 
 
+UNTRAINED = {
+    "file": (["exp.yaml"], "thin", "not trained here"),
+    "teacher": (["runs/toy", "--model", "teacher"], "fat", "not trained in this run"),
+    "model": (["runs/toy", "--model", "fat", "--stage", "teach"], "fat", "not trained in this run"),
+    "later": (
+        ["runs/toy", "--model", "thin", "--stage", "teach"],
+        "thin",
+        "not trained up to stage teach",
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", UNTRAINED)
+def test_of_what_was_not_trained_other_weights_are_refused_and_its_own_are_called_so(
+    distill, exp, experiment_text, asked
+):
+    text = experiment_text.replace(
+        "  thin:", "  fat: {type: ToyMLP, params: {hidden: 16}}\n  thin:"
+    )
+    exp.write_text(text.replace("teacher: {model: wide", "teacher: {model: fat"))
+    assert distill("run", exp).exit_code == 0
+    command, model, why = UNTRAINED[asked]
+    refused = distill("eval", *command, "--weights", "best")
+    hint = "; give a run's folder" if asked == "file" else ""
+    said = f"error: model {model} has no 'best' weights: it is {why}{hint}\n"
+    assert (refused.exit_code, refused.output) == (2, said)
+    own = distill("eval", *command)
+    assert own.stdout.startswith(f"model {model} (as the file builds it, {why}), on data set val:")
+
+
+def test_of_what_an_earlier_stage_trained_its_weights_can_be_chosen(distill, exp):
+    assert distill("run", exp).exit_code == 0
+    given = ("eval", "runs/toy", "--model", "teacher", "--stage", "distil", "--weights", "best")
+    said = "model wide, best of stage teach (stage distil does not train it), seed 3, on data set"
+    assert distill(*given).stdout.startswith(said)
+
+
+@pytest.mark.parametrize("command", [("run", "exp.yaml"), ("eval", "runs/toy")])
+def test_a_run_is_gone_on_with_or_measured_only_with_the_file_it_was_made_with(
+    distill, exp, experiment_text, toys, command
+):
+    exp.write_text(experiment_text.replace("  - type: Console", "  - ResultFiles"))
+    assert distill("run", exp).exit_code == 0
+    without = CliRunner().invoke(main, command)
+    assert (without.exit_code, is_clean(without)) == (2, True)
+    assert f"; the run was made with -p {toys}: give it again\n" in without.stderr
+    assert "did you mean" not in without.stderr
+    again = CliRunner().invoke(main, [*command, "-p", os.path.relpath(toys)])
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize("command", [("check", "exp.yaml"), ("run", "exp.yaml")])
+def test_of_a_file_that_no_run_was_made_with_it_is_said_how_it_is_given(exp, command):
+    result = CliRunner().invoke(main, command)
+    assert (result.exit_code, is_clean(result)) == (2, True)
+    said = "there is no data set 'ToyData'; if a file of yours offers it, give that with -p\n"
+    assert said in result.stderr
+
+
 def test_a_profile_of_a_finished_run_is_answered_with_how_to_begin_anew(distill, exp):
     given = ("run", exp, "-s", "stages.teach.epochs=1")
     assert "nothing to profile" not in distill(*given, "--profile").stdout
@@ -342,6 +403,7 @@ def ways_to_end(distill, exp, text, monkeypatch):
     yield 4, distill("run", exp, "-s", "stages.teach.optimizer.params.lr=1e38")
     yield 5, distill("check", exp, "--data", "-s", "datasets.train.params.size=0")
     yield 6, distill("run", exp, "--runs", exp)
+    yield 143, in_shell(ENDED, "run", exp)
     for code, error in (
         (70, ZeroDivisionError),
         (70, torch.OutOfMemoryError),
@@ -349,6 +411,13 @@ def ways_to_end(distill, exp, text, monkeypatch):
     ):
         monkeypatch.setattr("distill.runner.run", lambda *_, error=error, **__: throw(error))
         yield code, distill("run", exp)
+
+
+def in_shell(code, *arguments):
+    """Run code in a process of its own; return what a shell makes of its end."""
+    words = shlex.join([sys.executable, "-c", code, *map(str, arguments)])
+    done = subprocess.run(["sh", "-c", f"{words}; exit $?"], capture_output=True, timeout=120)
+    return SimpleNamespace(exit_code=done.returncode)
 
 
 def throw(error):
@@ -360,7 +429,8 @@ def test_the_exit_codes_of_help_are_those_that_commands_end_with(
 ):
     ends = [(code, end) for code, end in ways_to_end(distill, exp, experiment_text, monkeypatch)]
     assert [code for code, _ in ends] == [end.exit_code for _, end in ends]
-    text = CliRunner().invoke(main, ["--help"]).stdout
-    said = " ".join(text.split("Exit codes:")[1].split())
-    listed = [int(number) for number in re.findall(r"(\d+) ", said)]
-    assert listed == sorted({code for code, _ in ends})
+    for asked in (["--help"], ["run", "--help"]):
+        text = CliRunner().invoke(main, asked).stdout
+        said = " ".join(text.split("Exit codes:")[1].split())
+        listed = [int(number) for number in re.findall(r"(\d+) ", said)]
+        assert listed == sorted({code for code, _ in ends})

@@ -10,14 +10,16 @@ import torch
 from torch.utils.data import StackDataset
 from torch.utils.data import Subset as TorchSubset
 
-from distill import DataError, Sample
+from distill import DataError, Observer, Sample, run
 from distill.builtin.subsets import Subset
 from distill.data.keepable import split
 from distill.data.keeping import keep
 from distill.data.loader import Loading, evaluation_batches, sample_batch, training_batches
 from distill.data.plan import Plan
-from distill.data.reading_samples import TRIED
+from distill.data.reading_notes import reading_notes
+from distill.data.reading_samples import DIFFERS, DRAWS, INCOMPARABLE, TRIED
 from distill.data.source import Source
+from distill.testing import ToyData, toy_experiment, toy_registry
 
 SIZE = 24
 TRIALS = 2 * TRIED
@@ -437,3 +439,86 @@ def test_a_worker_that_dies_while_it_reads_together_names_the_batch():
         epoch_of(Together(deadly=[5]), loading=Loading(1), sampler=[4, 5, 6, 6])
     said = "data set 'photos': a loader worker died reading sample 4 or one of 2 read with it ("
     assert str(caught.value).startswith(said)
+
+
+class Untold:
+    """Of which it cannot be seen whether two are the same."""
+
+
+def fail(items):
+    raise ValueError("no column 7\nof these: ...")
+
+
+def without_column(items):
+    return [Sample(item.input, item.target, extras={"more": Untold()}) for item in items]
+
+
+FAILS = "its __getitems__ fails ({}); mend it or take it out"
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (Wrong(fail), FAILS.format("ValueError: no column 7")),
+        (Wrong(lambda items: items[:-1]), FAILS.format("it gives no list of as many items")),
+        (Wrong(lambda items: items[::-1]), DIFFERS),
+        (Wrong(without_column), INCOMPARABLE),
+        (Drawing(random.random), DRAWS),
+        (Drawing(forked), DRAWS),
+    ],
+    ids=["fails", "no list", "others", "no comparison", "draws", "draws unseen"],
+)
+def test_a_data_set_that_is_not_read_together_is_told_with_the_reason(data, why):
+    told = list(reading_notes([Source("photos", data)]))
+    assert told == [f"data set 'photos' is read sample by sample, not a batch at once: {why}"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [Together(), Numbers(), Negative(), Together(0), Together(1), Together(bad=[0]), Wrong(list)],
+    ids=["together", "without a way", "inherited", "empty", "one", "bad", "spoilt in nothing"],
+)
+def test_nothing_is_told_where_samples_are_read_together_or_cannot_be(data):
+    assert list(reading_notes([Source("photos", data)])) == []
+
+
+def test_looking_for_what_is_to_be_told_leaves_the_generators_as_they_are():
+    torch.manual_seed(3)
+    random.seed(3)
+    numpy.random.seed(3)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    list(reading_notes([Source("photos", Drawing(random.random))]))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert (numpy.random.get_state()[1] == before[2]).all()
+
+
+class Heard(Observer):
+    def __init__(self):
+        self.notes = []
+
+    def run_start(self, event):
+        self.notes.append(list(event.notes))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_tells_once_what_is_read_one_by_one(tmp_path, workers):
+    class Failing(ToyData):
+        def __getitems__(self, indices):
+            raise KeyError("column 7")
+
+    heard = Heard()
+    registry = toy_registry(datasets={"Failing": Failing}, observers={"Heard": lambda: heard})
+    datasets = {
+        "train": {"type": "Failing", "params": {"size": 20}},
+        "val": {"type": "ToyData", "params": {"size": 12, "seed": 1}},
+    }
+    stage = {"epochs": 1, "data": {"train": "train", "batch_size": 8, "workers": workers}}
+    keys = {"datasets": datasets, "observers": ["Heard"], "seeds": [1, 2]}
+    experiment = toy_experiment(tmp_path, stage, {}, **keys)
+    run(experiment, registry=registry, runs=tmp_path / "runs")
+    why = FAILS.format("KeyError: 'column 7'")
+    note = f"data set 'train' is read sample by sample, not a batch at once: {why}"
+    assert heard.notes == [[note]]
+    run(experiment, registry=registry, runs=tmp_path / "runs")
+    assert heard.notes == [[note], []], "a finished run reads nothing"

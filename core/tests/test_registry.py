@@ -32,6 +32,46 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         registry.find("losses", "klloss")
 
 
+OWN_FILE = "if a file of yours offers it, give that with -p"
+
+
+@pytest.mark.parametrize("name", ["MyLoss", "LogitMSELoss", "MyKDLoss", "kdlos"])
+def test_what_no_typo_makes_of_a_known_name_may_be_in_a_file_that_was_not_given(name):
+    registry = Registry([Entry("losses", name, Loss, "a") for name in ("KDLoss", "MSELoss")])
+    with pytest.raises(PluginError) as caught:
+        registry.find("losses", name)
+    assert str(caught.value).startswith(f"there is no loss '{name}'; ")
+    assert str(caught.value).endswith(f"; {OWN_FILE}")
+
+
+@pytest.mark.parametrize("name", ["KDLos", "KDLosss", "KDLoos", "kdloss", "DKLoss", "DKL"])
+def test_what_a_typo_makes_of_a_known_name_is_in_no_other_file(name):
+    registry = Registry([Entry("losses", known, Loss, "a") for known in ("KDLoss", "KLD")])
+    with pytest.raises(PluginError, match=r"; did you mean \w+( or \w+)?\?$"):
+        registry.find("losses", name)
+
+
+def test_who_has_given_a_file_or_can_find_a_name_elsewhere_is_not_told_to_give_a_file():
+    mine = PluginRecord("my.py", "my.py", "")
+    broken = PluginRecord("far", "distill-far", "1.0", error="ImportError: no gpu")
+    other_kind = [Entry("models", "Own", Loss, "a")]
+    for registry in (Registry([], [mine]), Registry([], [broken]), Registry(other_kind)):
+        with pytest.raises(PluginError) as caught:
+            registry.find("losses", "Own")
+        assert "-p" not in str(caught.value)
+
+
+def test_a_file_that_a_run_was_made_with_is_named_instead_of_a_name_like_the_unknown():
+    registry = Registry([Entry("losses", "KDLoss", Loss, "a")])
+    registry.forgotten = ["my.py"]
+    said = r"^there is no loss 'MyKDLoss'; the run was made with -p my\.py: give it again$"
+    with pytest.raises(PluginError, match=said):
+        registry.find("losses", "MyKDLoss")
+    registry.forgotten = ["my.py", "a b.py"]
+    with pytest.raises(PluginError, match=r"made with -p my\.py -p 'a b\.py': give them again$"):
+        registry.find("losses", "MyKDLoss")
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [

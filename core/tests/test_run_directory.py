@@ -1,13 +1,22 @@
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import yaml
 
 from distill import ConfigError, StorageError, load
-from distill.run_directory import GIVEN, OVERRIDES, RESOLVED, open_run, seed_directory
+from distill.run_directory import (
+    GIVEN,
+    OVERRIDES,
+    RESOLVED,
+    forgotten_files,
+    open_run,
+    seed_directory,
+)
 
 
 @pytest.fixture
@@ -220,6 +229,28 @@ def test_several_seeds_have_folders_of_their_own(tmp_path, experiment, experimen
     assert seed_directory(tmp_path, experiment(), 3) == tmp_path
     (tmp_path / "exp.yaml").write_text(experiment_text.replace("seed: 3", "seeds: [3, 4]"))
     assert seed_directory(tmp_path, experiment(), 4) == tmp_path / "seed-4"
+
+
+def session(*files):
+    """A session's plugins as ResultFiles records them."""
+    plugins = [{"name": "kd", "distribution": "distill-kd", "version": "0.1.0", "error": None}]
+    plugins += [{"name": f, "distribution": f, "version": "", "error": None} for f in files]
+    return {"plugins": plugins}
+
+
+def test_plugin_files_of_a_runs_last_session_that_are_not_given_are_forgotten(tmp_path):
+    sessions = [session("old.py"), session("parts/a.py", "b.py")]
+    (tmp_path / "environment.json").write_text(json.dumps(sessions))
+    assert forgotten_files(tmp_path, []) == ["parts/a.py", "b.py"]
+    assert forgotten_files(tmp_path, [Path("../a.py")]) == ["b.py"]
+    assert forgotten_files(tmp_path, [Path("b.py"), Path("a.py")]) == []
+
+
+@pytest.mark.parametrize("record", [None, "", "[", "[]", "{}", "3", '[{"plugins": [1]}]', "[{}]"])
+def test_of_a_run_without_a_record_of_plugins_nothing_is_forgotten(tmp_path, record):
+    if record is not None:
+        (tmp_path / "environment.json").write_text(record)
+    assert forgotten_files(tmp_path, []) == []
 
 
 def start(folder, experiment):

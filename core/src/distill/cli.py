@@ -22,7 +22,8 @@ from distill.errors import UsageError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 wrong command or file, 3 plugin, 4 training left the numbers, 5 data, "
-    "6 storage, 70 bug or out of memory, 75 stopped: the same command goes on."
+    "6 storage, 70 bug or out of memory; 75 stopped, 143 ended by SIGTERM: the same command goes "
+    "on."
 )
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -41,7 +42,7 @@ for command in (plugins, ls, cat, cp, data, store):
     main.add_command(command)
 
 
-@main.command()
+@main.command(epilog=EXIT_CODES)
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @plugin_option
@@ -96,6 +97,9 @@ def run(
     from distill.experiment_file import open_experiment
 
     experiment, registry = open_experiment(file, overrides, plugin_files)
+    from distill.run_directory import forgotten_files
+
+    registry.forgotten = forgotten_files(Path(runs) / experiment.name, plugin_files)
     if scale_lr is not None:
         from distill.config.lr_scaling import scale_learning_rates
 
@@ -202,6 +206,7 @@ def evaluate(
     Metrics that compare with a teacher are left out.
     """
     from distill.model_evaluation import evaluate as evaluate_model
+    from distill.run_directory import forgotten_files
     from distill.trained import Choice, find_stage, trained_model
 
     directory = source if source.is_dir() else None
@@ -209,6 +214,7 @@ def evaluate(
     from distill.experiment_file import open_experiment
 
     experiment, registry = open_experiment(file, overrides, plugin_files)
+    registry.forgotten = forgotten_files(source, plugin_files) if directory else ()
     choice = Choice(model, stage, seed, weights)
     allowed = {"allow_remote_code": allow_remote_code}
     module, described = trained_model(experiment, registry, choice, directory, **allowed)

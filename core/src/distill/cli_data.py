@@ -91,6 +91,8 @@ def pack(
     They are packed as they are behind the data set's wrappers and before its transforms. The folder
     is a data set of its own: {type: Packed, params: {root: FOLDER}}.
 
+    A sample that is no image ends packing at once; if it is the first, no folder is left.
+
     Samples that cannot be read are named after the last one. They are an error, and the folder is
     left half-packed; with --skip-bad they are left out, and the others keep their order. A file
     that the file system does not give (missing, no permission, a disk or mount that is lost) ends
@@ -147,7 +149,7 @@ def _pack(
 
             def progress(done: int) -> None:
                 if bar.pos == 0 and done > 1:
-                    kept = f"{done:,} of {len(source):,} samples are there already"
+                    kept = f"{done:,} of {len(source):,} samples have been read already"
                     click.echo(f"\ngoing on: {kept}", err=True)
                 bar.update(done - bar.pos)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from distill.cli_errors import RESUMABLE, Group, told_if_ended
 from distill.cli_options import plugin_option, remote_code_option, set_option, stores_option
@@ -126,6 +127,10 @@ def ls(stores: Path) -> None:
     """
     from distill.store.folder import entries
 
+    source = click.get_current_context().get_parameter_source("stores")
+    if source is ParameterSource.DEFAULT and not stores.exists():
+        click.echo(f"no stores in {stores}/; a stage with `store: true` makes one")
+        return
     found = entries(stores)
     others = [entry.name for entry in found if entry.state == "no store"]
     found = [entry for entry in found if entry.state != "no store"]

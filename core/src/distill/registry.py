@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -35,6 +37,8 @@ SINGULAR = {
 
 PRESETS = "presets"
 """The one kind whose offers are files."""
+
+OWN_FILE = "if a file of yours offers it, give that with -p"
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,23 @@ class PluginRecord:
     def provider(self) -> str:
         return f"{self.distribution} {self.version}".strip()
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a local file, which has no package of another name and no version."""
+        return self.name == self.distribution and not self.version
+
 
 class Registry:
-    """What all plugins offer. A duplicate or broken offer stops only who asks for it."""
+    """What all plugins offer. A duplicate or broken offer stops only who asks for it.
+
+    Attributes:
+        records: the plugins.
+        forgotten: files that a run was made with, and that are not among them.
+    """
 
     def __init__(self, entries: Iterable[Entry], records: Sequence[PluginRecord] = ()):
         self.records = tuple(records)
+        self.forgotten: Sequence[str] = ()
         self._entries: dict[str, dict[str, list[Entry]]] = {kind: {} for kind in SINGULAR}
         for entry in entries:
             self._entries[entry.kind].setdefault(entry.name, []).append(entry)
@@ -97,7 +112,7 @@ class Registry:
 
         Raises:
             PluginError: if nobody offers it, or two do; the message names the nearest names, the
-                package that would bring it, and broken plugins that might.
+                package that would bring it, broken plugins that might, or how a file is given.
         """
         offers = self._of(kind).get(name, [])
         if not offers:
@@ -122,22 +137,41 @@ class Registry:
         return self._entries[kind]
 
     def _unknown(self, kind: str, name: str) -> str:
-        message = f"there is no {SINGULAR[kind]} '{name}'" + did_you_mean(name, self._of(kind))
+        message, near = f"there is no {SINGULAR[kind]} '{name}'", did_you_mean(name, self._of(kind))
+        elsewhere = "".join(f"; {hint}" for hint in self._elsewhere(kind, name))
+        if elsewhere:
+            return message + near + elsewhere
+        if self.forgotten:
+            files = shlex.join(word for file in self.forgotten for word in ("-p", file))
+            them = "them" if self.forgotten[1:] else "it"
+            return f"{message}; the run was made with {files}: give {them} again"
+        is_typo = bool(near) and _is_typo(name, self._of(kind))
+        if is_typo or any(record.is_file for record in self.records):
+            return message + near
+        return f"{message}{near}; {OWN_FILE}"
+
+    def _elsewhere(self, kind: str, name: str) -> Iterator[str]:
+        """Tell where a name is that no plugin offers as this kind."""
         others = [
             SINGULAR[k] for k, offers in self._entries.items() if k != kind and name in offers
         ]
         if others:
-            message += f"; '{name}' is the name of {_article(others[0])} {others[0]}"
+            yield f"'{name}' is the name of {_article(others[0])} {others[0]}"
         package = known_components().get(kind, {}).get(name)
         installed = {record.distribution for record in self.records if record.error is None}
         if package and package not in installed:
-            message += f"; it comes with the package {package}: pip install {package}"
+            yield f"it comes with the package {package}: pip install {package}"
         for record in self.records:
             if record.error is not None:
-                message += (
-                    f"; plugin {record.provider} is broken and might bring it: {record.error}"
-                )
-        return message
+                yield f"plugin {record.provider} is broken and might bring it: {record.error}"
+
+
+def _is_typo(name: str, known: Iterable[str]) -> bool:
+    """Whether a name is a known one but for a letter or two, or for their order or case."""
+    given = name.lower()
+    alike = [other.lower() for other in known if abs(len(other) - len(name)) <= 1]
+    is_near = bool(difflib.get_close_matches(given, alike, n=1, cutoff=0.8))
+    return is_near or sorted(given) in map(sorted, alike)
 
 
 def _article(noun: str) -> str:

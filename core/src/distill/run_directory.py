@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ from distill.config.experiment import Experiment
 from distill.config.yaml_document import Document, read
 from distill.config.yaml_values import plain_value
 from distill.errors import ConfigError, Fault, StorageError, as_yaml
+from distill.registry import PluginRecord
 from distill.training.checkpoint import write_atomically
 
 GIVEN = "experiment.yaml"
 OVERRIDES = "overrides.json"
 RESOLVED = "resolved.yaml"
+ENVIRONMENT = "environment.json"
+"""What the observer ResultFiles writes, with the plugins of every session."""
 LOCK = ".lock"
 OF_ALL = (GIVEN, OVERRIDES, RESOLVED, LOCK)
 """What a run's folder holds before the run begins."""
@@ -75,6 +78,24 @@ def _remove_unbegun(made: Sequence[Path]) -> None:
             (made[0] / name).unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()
+
+
+def forgotten_files(directory: Path, given: Iterable[Path]) -> list[str]:
+    """Return which plugin files a run was last made with that are not given, by their names.
+
+    Of a run that does not record its environment, and of none, nothing is known.
+    """
+    names = {file.name for file in given}  # which may be given from another folder
+    return [file for file in _plugin_files(directory) if Path(file).name not in names]
+
+
+def _plugin_files(directory: Path) -> list[str]:
+    try:
+        plugins = json.loads((directory / ENVIRONMENT).read_text("utf-8"))[-1]["plugins"]
+        records = [PluginRecord(p["name"], p["distribution"], p["version"]) for p in plugins]
+    except (OSError, ValueError, TypeError, LookupError):  # none, or an observer's of that name
+        return []
+    return [record.name for record in records if record.is_file]
 
 
 def seed_directory(directory: Path, experiment: Experiment, seed: int) -> Path:

@@ -18,6 +18,7 @@ from distill import distributed
 from distill.beginning import begin, chosen_device, open_sources
 from distill.config.controlled import stages_that_differ
 from distill.config.experiment import Control, Experiment
+from distill.data.reading_notes import reading_notes
 from distill.data.source import Source
 from distill.environment import describe_environment
 from distill.experiment_check import check_to_run, rehearse_all
@@ -137,13 +138,16 @@ def _run(
     with open_run(runs, experiment) as directory:
         states = saved_states(experiment, directory)
         origin = None
+        notes: list[str] = []
         if not all(is_complete(experiment, state) for state in states.values()):
             origin = _origin(experiment, compared_with) if compared_with else None
-            sources = sources or open_sources(builder)
+            if not sources:
+                sources = open_sources(builder)
+                notes += reading_notes(sources.values())
             for each in (builder, *controls.values()):
                 rehearse_all(each, sources, device)
         with _observed(builder) as tell:
-            start = _run_start(builder, directory, device, states, origin, profiles=profiles)
+            start = _run_start(builder, directory, device, states, origin, notes, profiles=profiles)
             tell("run_start", start)
             results: list[StageResult] = []
             for seed in experiment.seeds:
@@ -271,6 +275,7 @@ def _run_start(
     device: torch.device,
     states: Mapping[int, Mapping[str, Any] | None],
     origin: Origin | None,
+    notes: Sequence[str],
     *,
     profiles: bool = False,
 ) -> RunStart:
@@ -289,5 +294,5 @@ def _run_start(
             if state is not None
         },
         taken=origin.stages if origin is not None else (),
-        notes=[UNPROFILED] if profiles and is_finished else [],
+        notes=[*notes, UNPROFILED] if profiles and is_finished else notes,
     )

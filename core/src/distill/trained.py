@@ -66,7 +66,7 @@ def trained_model(
         allow_remote_code: whether the model may fetch code from elsewhere and run it.
 
     Raises:
-        UsageError: if there is no such model.
+        UsageError: if there is no such model, or ``choice`` names weights of an untrained one.
         ConfigError: if it cannot be built, or runs code from elsewhere without being allowed to.
         StorageError: if the run has not trained it yet.
     """
@@ -76,12 +76,16 @@ def trained_model(
     if seed not in experiment.seeds:
         known = ", ".join(map(str, experiment.seeds))
         raise UsageError(f"{experiment.document.file} has no seed {seed} (seeds: {known})")
+    trained = _stages_that_train(experiment, stage, name) if directory is not None else []
+    why = "" if trained else _why_untrained(experiment, stage, name, directory)
+    if why and choice.weights is not None:
+        hint = "; give a run's folder" if directory is None else ""
+        raise UsageError(f"model {name} has no '{choice.weights}' weights: it is {why}{hint}")
     builder = Builder(experiment, registry, allow_remote_code=allow_remote_code)
     model = builder.model(name, seed).eval()
-    trained = _stages_that_train(experiment, stage, name) if directory is not None else []
     if directory is None or not trained:
-        origin = experiment.models[name].checkpoint
-        return model, f"model {name} ({origin or 'as the file builds it, not trained here'})"
+        origin = experiment.models[name].checkpoint or "as the file builds it"
+        return model, f"model {name} ({origin}, {why})"
     last = trained[-1]
     folder = seed_directory(directory, experiment, seed) / last.name
     weights, file = _file(last, name, choice.weights)
@@ -90,8 +94,8 @@ def trained_model(
     except ValueError as error:
         raise StorageError(f"the run has no weights of '{name}': {error}") from error
     is_other = choice.stage not in (None, last.name)
-    why = f" (stage {choice.stage} does not train it)" if is_other else ""
-    return model, f"model {name}, {weights} of stage {last.name}{why}, seed {seed}"
+    other = f" (stage {choice.stage} does not train it)" if is_other else ""
+    return model, f"model {name}, {weights} of stage {last.name}{other}, seed {seed}"
 
 
 def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
@@ -108,6 +112,14 @@ def _stages_that_train(experiment: Experiment, last: Stage, model: str) -> list[
     """Return the stages up to ``last`` whose student, or a peer of it, is ``model``."""
     upto = experiment.stages[: experiment.stages.index(last) + 1]
     return [stage for stage in upto if model in (stage.student.model, *stage.peers.values())]
+
+
+def _why_untrained(experiment: Experiment, stage: Stage, model: str, directory: Path | None) -> str:
+    """Say of a model that no stage up to ``stage`` trains, or of a file alone, what it is not."""
+    if directory is None:
+        return "not trained here"
+    is_later = _stages_that_train(experiment, experiment.stages[-1], model)
+    return f"not trained up to stage {stage.name}" if is_later else "not trained in this run"
 
 
 def _file(stage: Stage, model: str, weights: str | None) -> tuple[str, str]:

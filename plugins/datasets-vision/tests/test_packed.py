@@ -196,6 +196,32 @@ def test_samples_of_another_kind_end_packing_at_once_and_are_not_left_out(tmp_pa
         assert seen == [1]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bad", [(), (0,)], ids=["first", "after a bad one"])
+def test_samples_of_another_kind_leave_no_folder_where_none_was_packed(tmp_path, bad, workers):
+    floats = Damaged(bad, make=lambda image: torch.zeros(3, 2, 2))
+    refusal = (
+        "cannot be packed: TypeError: images must be PIL images or uint8 tensors (1 or 3, H, W), "
+        "this is a tensor of torch.float32 (3, 2, 2)"
+    )
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(DataError) as caught:
+            pack(tmp_path / name, dataset=floats, workers=workers)
+        assert str(caught.value) == f"sample {len(bad)} {refusal}"
+    assert [(path.name, [*path.iterdir()]) for path in tmp_path.iterdir()] == [("empty", [])]
+    pack(tmp_path / "new", workers=workers)
+
+
+def test_what_is_packed_stays_where_a_later_sample_is_of_another_kind(tmp_path):
+    fine, odd = Sample(expected(0), 0), Sample(torch.zeros(3, 2, 2), 0)
+    for _ in range(2):  # the second time it goes on from the first sample
+        with pytest.raises(DataError, match="sample 1 cannot be packed: TypeError"):
+            pack(tmp_path, dataset=[fine, odd])
+        assert contents(tmp_path).keys() == {"images.bin", "packing.jsonl"}
+    assert contents(tmp_path)["images.bin"] == expected(0).tobytes()
+
+
 def test_loader_workers_read_what_this_process_reads(tmp_path):
     pack(tmp_path)
     packed = Packed(str(tmp_path))

@@ -35,6 +35,7 @@ class Console(Observer):
         self._last_line = monotonic()
         self._seeds = 1
         self._on_gpu = False
+        self._told: set[tuple[int, int]] = set()
 
     def run_start(self, event: RunStart) -> None:
         """Say what runs where."""
@@ -118,12 +119,20 @@ class Console(Observer):
                 f"    {left_out} left out: the gradient overflowed fp16, the scale is lowered"
             )
         if event.skipped:
-            index, why = next(iter(event.skipped.items()))
-            self._line(f"    {_count(len(event.skipped), 'sample')} skipped, e.g. {index}: {why}")
-
+            self._line(f"    {_count(len(event.skipped), 'sample')} skipped, {self._new(event)}")
         if event.misfits:
             rows = _count(event.misfits, "stored row")
             self._line(f"    {rows} computed anew: damaged, or of samples that have changed")
+
+    def _new(self, event: EpochEnd) -> str:
+        """Return what has not been told yet of an epoch's skipped samples."""
+        stage = event.position.stage
+        new = [index for index in event.skipped if (stage, index) not in self._told]
+        self._told.update((stage, index) for index in new)
+        if not new:
+            return "the same as before"
+        some = f"{len(new):,} of them new, " if len(new) < len(event.skipped) else ""
+        return f"{some}e.g. {new[0]}: {event.skipped[new[0]]}"
 
     def stage_end(self, event: StageEnd) -> None:
         """Show the test result, how fast it was, and where the student lies."""

@@ -25,6 +25,9 @@ LONGEST_GAP = 100
 TRIED = 2
 """So many samples that were read together are compared with themselves read one by one."""
 WAY_OUT = "data: {on_bad_sample: skip} passes over such samples"
+DRAWS = "it draws random numbers as it reads; let transforms draw in its place"
+DIFFERS = "its __getitems__ gives other samples than its __getitem__; let both give the same"
+INCOMPARABLE = "its samples cannot be compared; give tensors, arrays, images, numbers or text"
 Fingerprints = Literal["inputs", "all"]
 """What of a sample a fingerprint is of: its inputs, or targets and extras too."""
 
@@ -85,7 +88,9 @@ class SeededSamples(Dataset[Item]):
         reading: where it is noted which sample is read.
         latest: the sample whose views are being read, by index.
         ahead: samples of the batch that were read together and have not been used yet, by index.
-        together: whether samples are read together, if the data set has a way to.
+        alone: why samples are read one by one though the data set has a way to read them together;
+            empty for as long as nothing is known.
+        failure: why the samples of the last batch could not be read together.
         tried: whether it was seen that they are then the same as one by one.
     """
 
@@ -95,12 +100,13 @@ class SeededSamples(Dataset[Item]):
     reading: Reading
     latest: dict[int, Sample] = field(default_factory=dict)
     ahead: dict[int, Sample] = field(default_factory=dict)
-    together: bool = True
+    alone: str = ""
+    failure: str = ""
     tried: bool = False
 
     def __getitems__(self, keys: list[Key]) -> list[Item]:
-        if self.together and self.source.reads_together:
-            self._read_ahead(keys)
+        if not self.alone and self.source.reads_together:
+            self.read_ahead(keys)
         return [self[key] for key in keys]
 
     def __getitem__(self, key: Key) -> Item:
@@ -163,7 +169,7 @@ class SeededSamples(Dataset[Item]):
             return self.ahead.pop(index)
         return self.source.untransformed(index)
 
-    def _read_ahead(self, keys: list[Key]) -> None:
+    def read_ahead(self, keys: list[Key]) -> None:
         """Read the samples of a batch together, unless they are then others or draw.
 
         One by one each has a place of its own to draw from.
@@ -173,23 +179,37 @@ class SeededSamples(Dataset[Item]):
             return
         restart_generators()
         self.reading.note(wanted[0], len(wanted) - 1)
-        read = self.source.untransformed_together(wanted)
-        self.together = not has_drawn()
-        if read and self.together and not self.tried:
-            self.together = all(self._is_alike(read[index]) for index in wanted[:TRIED])
+        self.failure, read = "", {}
+        try:
+            read = self.source.untransformed_together(wanted)
+        except DataError as error:
+            self.failure = str(error)
+        if has_drawn():
+            self.alone = DRAWS
+        elif read and not self.tried:
+            found = (self._difference(read[index]) for index in wanted[:TRIED])
+            self.alone = next(filter(None, found), "")
             self.tried = True
-        self.ahead = read if self.together else {}
+        self.ahead = {} if self.alone else read
 
-    def _is_alike(self, sample: Sample) -> bool:
-        """Whether a sample is the same read by itself, wherever the generators stand."""
+    def _difference(self, sample: Sample) -> str:
+        """Return why a sample is not the same read by itself, wherever the generators stand."""
         try:
             randomness.seed_reading(sample.index)
             alone = self.source.untransformed(sample.index)
             restart_generators()
             again = self.source.untransformed(sample.index)
-            return not has_drawn() and _hash(alone) == _hash(again) == _hash(sample)
-        except DataError:  # also where no fingerprint can be taken
-            return False
+        except DataError:
+            return DIFFERS
+        if has_drawn():
+            return DRAWS
+        try:
+            hashes = [_hash(each) for each in (alone, again, sample)]
+        except DataError:
+            return INCOMPARABLE
+        if hashes[0] != hashes[1]:
+            return DRAWS
+        return DIFFERS if hashes[1] != hashes[2] else ""
 
 
 def _hash(sample: Sample) -> int:

@@ -87,16 +87,17 @@ class Source:
     def untransformed_together(self, indices: Sequence[int]) -> dict[int, Sample]:
         """Return different samples as the data set gives them when asked for all at once.
 
-        Nothing if it fails or gives no list of as many items: each is then to be read by itself,
-        which tells which of them is bad.
+        Raises:
+            DataError: if it fails or gives no list of as many items. Each is then to be read by
+                itself, which tells which of them is bad.
         """
         try:
             items = self.dataset.__getitems__(list(indices))
             samples = [_sample(item) for item in items] if isinstance(items, list) else []
-        except Exception:  # a plugin's
-            return {}
+        except Exception as error:  # a plugin's
+            raise DataError(f"{type(error).__name__}: {error}") from error
         if len(samples) != len(indices):
-            return {}
+            raise DataError("it gives no list of as many items")
         return {
             index: replace(sample, index=index)
             for index, sample in zip(indices, samples, strict=True)

@@ -129,7 +129,8 @@ def _random_states() -> list[bytes]:
     states = [repr(random.getstate()).encode(), repr(np.random.get_state()).encode()]
     states.append(torch.get_rng_state().numpy().tobytes())
     if torch.cuda.is_initialized():
-        states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+        # Of the GPU in use: to ask those of other processes wakes them up.
+        states.append(torch.cuda.get_rng_state().numpy().tobytes())
     return states
 
 

@@ -7,8 +7,8 @@ import socket
 
 from distill.forked import Forked
 
-PROCESS_TIMEOUT = 120
-"""Seconds after which ``run_processes`` gives up."""
+PROCESS_TIMEOUT = 300
+"""Seconds after which ``run_processes`` gives up, far more than tests take on a slow machine."""
 
 
 def run_processes(script: str | os.PathLike[str], *arguments: str, processes: int = 2) -> None:

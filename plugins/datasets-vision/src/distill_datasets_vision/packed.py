@@ -175,12 +175,19 @@ class Packer:
 
         Raises:
             DataError: if there are bad samples and no ``on_bad``, or none that can be packed; at
-                once, if one is of a kind that is not packed.
+                once, if one is of a kind that is not packed, and then the folder is as it was
+                unless an image has been packed.
             FileExistsError: if there is something else in the folder.
         """
         _refuse_unless_free(folder)
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        images = self._write_images(dataset, folder, source, progress)
+        try:
+            images = self._write_images(dataset, folder, source, progress)
+        except _OtherKindError:
+            if (folder / IMAGES).stat().st_size == 0:
+                _take_away(folder, is_new=is_new)
+            raise
         if images.bad:
             on_bad(images.bad)
         if not images.shapes:
@@ -244,10 +251,18 @@ class Packer:
             raise DataError(f"{str(error).splitlines()[0].rstrip('. ')}; {WORKER}") from error
 
 
-def _told(entry: Entry | Bad | str) -> Entry | Bad:
-    if isinstance(entry, str):
-        raise DataError(entry)
+def _told(entry: Entry | Bad | DataError) -> Entry | Bad:
+    if isinstance(entry, DataError):
+        raise entry
     return entry
+
+
+def _take_away(folder: Path, *, is_new: bool) -> None:
+    """Leave nothing of a packing in which no image was packed."""
+    for name in (IMAGES, JOURNAL):
+        (folder / name).unlink()
+    if is_new:
+        folder.rmdir()
 
 
 def _arrays(images: Images) -> dict[str, np.ndarray]:
@@ -257,13 +272,13 @@ def _arrays(images: Images) -> dict[str, np.ndarray]:
     return arrays
 
 
-class _OtherKindError(TypeError):
+class _OtherKindError(DataError):
     """A sample can be read, and no data set with its like can be packed."""
 
 
 @dataclass(frozen=True)
-class _Encoding(Dataset["Entry | Bad | str"]):
-    """Images as they are packed; a text, which a worker cannot raise as it is, ends packing."""
+class _Encoding(Dataset["Entry | Bad | DataError"]):
+    """Images as they are packed; an error, which a worker cannot raise as it is, ends packing."""
 
     dataset: Any
     packer: Packer
@@ -271,16 +286,16 @@ class _Encoding(Dataset["Entry | Bad | str"]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Entry | Bad | str:
+    def __getitem__(self, index: int) -> Entry | Bad | DataError:
         try:
             item = self.dataset[index]
             return self._entry(item if isinstance(item, Sample) else Sample(item[0], item[1]))
         except _OtherKindError as error:
-            return f"sample {index} cannot be packed: TypeError: {error}"
+            return _OtherKindError(f"sample {index} cannot be packed: TypeError: {error}")
         except Exception as error:  # the data set's, or of a file that is read only now
             why = f"sample {index} cannot be packed: {type(error).__name__}: {error}"
             why = str(error) if isinstance(error, DataError) else why
-            return f"{why}\n{LOST}" if _is_lost(error) else Bad(why)
+            return DataError(f"{why}\n{LOST}") if _is_lost(error) else Bad(why)
 
     def _entry(self, sample: Sample) -> Entry:
         if sample.extras:
@@ -330,7 +345,7 @@ def _picture(value: Any) -> PILImage.Image:
     if isinstance(value, torch.Tensor):
         if value.dtype != torch.uint8 or value.ndim != 3 or len(value) not in CHANNELS:
             raise _OtherKindError(
-                "images must be PIL images or uint8 (1 or 3, H, W), this is "
+                "images must be PIL images or uint8 tensors (1 or 3, H, W), this is a tensor of "
                 f"{value.dtype} {tuple(value.shape)}"
             )
         value = TO_PICTURE(value)
