@@ -159,7 +159,7 @@ def _on_the_device(
     for name, described in files.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(described, sort_keys=False), "utf-8")
     arguments = [*map(str, plugins), *(f"{name}.yaml" for name in files)]
-    code, printed = Forked(str(SCRIPT), arguments, folder=folder).wait(240)
+    code, printed = Forked(str(SCRIPT), arguments, folder=folder).wait(600)
     assert code == 0, printed
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"file"')]
     return {line["file"]: (line["error"], set(line["waits"])) for line in lines}
