@@ -141,9 +141,10 @@ def test_a_reason_is_told_once_and_samples_skipped_again_are_counted():
     ]
 
 
-def test_samples_of_another_stage_are_told_by_themselves():
+@pytest.mark.parametrize("other", [Position(1, 1, 1, 10), Position(2, 0, 1, 10)])
+def test_samples_of_another_stage_or_seed_are_told_by_themselves(other):
     first = epoch_end(skipped={17: "sample 17 of a"})
-    second = replace(first, position=Position(1, 1, 1, 10), skipped={17: "sample 17 of b"})
+    second = replace(first, position=other, skipped={17: "sample 17 of b"})
     text = printed(("epoch_end", first), ("epoch_end", second))
     assert "1 sample skipped, e.g. 17: sample 17 of b" in text
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
@@ -209,25 +210,82 @@ def test_a_fault_in_the_inputs_of_two_stages_is_told_once(experiment_text, regis
 
 
 @pytest.mark.parametrize(
-    ("fault", "right", "wrong", "said"),
+    ("right", "wrong", "said", "fault", "broken"),
     [
-        ("type: MSELoss", "target: teacher.body", "target: teacher.bdy", "no module 'bdy'"),
-        ("in_features", "input: student.body", "input: student.bdy", "no module 'bdy'"),
-        ("type: Distance", "type: Distance", "type: Distance, inputs: {teachr: teacher}", "teachr"),
-        ("in_features", "{input: student.body", "{inpt: student.body", "takes no input 'inpt'"),
+        ("target: teacher.body", "target: teacher.bdy", "no module 'bdy'", "MSELoss", "MSELos"),
+        ("input: student.body", "input: student.bdy", "no module 'bdy'", "in_feat", "on_feat"),
+        ("{input: student.body", "{inpt: student.body", "no input 'inpt'", "in_feat", "on_feat"),
+        (
+            "Distance",
+            "Distance, inputs: {teachr: teacher}",
+            "no input 'teachr'",
+            "Distance",
+            "Distance, params: {scal: 2}",
+        ),
     ],
 )
 def test_inputs_of_what_cannot_be_built_are_checked_all_the_same(
-    experiment_text, registry, fault, right, wrong, said
+    experiment_text, registry, right, wrong, said, fault, broken
 ):
     text = experiment_text.replace(right, wrong, 1)
     alone = faults_of(text, registry)
-    broken = {"type: Distance": "type: Distance, params: {scal: 2}"}.get(fault, fault[:-1])
     both = faults_of(text.replace(fault, broken, 1), registry)
     assert len(alone) == 1
     assert said in alone[0]
     assert len(both) == 2, "\n".join(both)
     assert any(said in line for line in both)
+
+
+class Assigned(nn.Module):
+    """Has its forward from elsewhere."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.forward = lambda input, target: (input - target).sum()
+
+
+class Static(nn.Module):
+    """Takes no self."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+
+    @staticmethod
+    def forward(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (input - target).sum()
+
+
+def by_function(scale: float = 1.0) -> nn.Module:
+    return nn.MSELoss()
+
+
+@pytest.mark.parametrize("made_by", [Assigned, Static, by_function])
+def test_of_what_cannot_be_built_inputs_are_no_fault_that_only_building_shows(
+    experiment_text, registry, made_by
+):
+    entries = [entry for kind in SINGULAR for entry in registry.entries(kind)]
+    known = Registry([*entries, Entry("losses", "Other", made_by, "test")], registry.records)
+    text = experiment_text.replace("type: MSELoss", "type: Other", 1)
+    assert faults_of(text, known) == []
+    (fault,) = faults_of(
+        text.replace("type: Other", "type: Other\n        params: {scal: 2}"), known
+    )
+    assert "there is no parameter 'scal'" in fault
+
+
+MODULES = "{modules: [body, {auxiliary: ext}]}"
+ROW = f"student: {{model: thin, redesign: {{type: sequential, params: {MODULES}}}}}"
+
+
+def test_of_a_row_that_cannot_be_built_nothing_that_follows_is_told(experiment_text, registry):
+    text = experiment_text.replace("student: {model: thin}", ROW)
+    ext = "      ext: {type: Linear, params: {in_features: 4, out_feature: 4}}\n      regressor:"
+    text = text.replace("      regressor:", ext).replace(
+        "input: student.body", "input: student.ext"
+    )
+    redesign, parameter = faults_of(text, registry)
+    assert "the stage has no auxiliary module 'ext'" in redesign
+    assert "there is no parameter 'out_feature'" in parameter
 
 
 def test_a_loss_that_needs_a_teacher_says_so_in_a_stage_without_one(experiment_text, registry):

@@ -17,7 +17,7 @@ from distill.data.keeping import keep
 from distill.data.loader import Loading, evaluation_batches, sample_batch, training_batches
 from distill.data.plan import Plan
 from distill.data.reading_notes import reading_notes
-from distill.data.reading_samples import DIFFERS, DRAWS, INCOMPARABLE, TRIED
+from distill.data.reading_samples import CHANGES, DIFFERS, DRAWS, INCOMPARABLE, TRIED
 from distill.data.source import Source
 from distill.testing import ToyData, toy_experiment, toy_registry
 
@@ -453,7 +453,7 @@ def without_column(items):
     return [Sample(item.input, item.target, extras={"more": Untold()}) for item in items]
 
 
-FAILS = "its __getitems__ fails ({}); mend it or take it out"
+FAILS = "its __getitems__ fails on its first samples ({}); mend it or take it out"
 
 
 @pytest.mark.parametrize(
@@ -464,13 +464,13 @@ FAILS = "its __getitems__ fails ({}); mend it or take it out"
         (Wrong(lambda items: items[::-1]), DIFFERS),
         (Wrong(without_column), INCOMPARABLE),
         (Drawing(random.random), DRAWS),
-        (Drawing(forked), DRAWS),
+        (Drawing(forked), CHANGES),
     ],
-    ids=["fails", "no list", "others", "no comparison", "draws", "draws unseen"],
+    ids=["fails", "no list", "others", "no comparison", "draws", "changes"],
 )
 def test_a_data_set_that_is_not_read_together_is_told_with_the_reason(data, why):
     told = list(reading_notes([Source("photos", data)]))
-    assert told == [f"data set 'photos' is read sample by sample, not a batch at once: {why}"]
+    assert told == [f"data set 'photos' is not read a batch at once: {why}"]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_a_run_tells_once_what_is_read_one_by_one(tmp_path, workers):
     experiment = toy_experiment(tmp_path, stage, {}, **keys)
     run(experiment, registry=registry, runs=tmp_path / "runs")
     why = FAILS.format("KeyError: 'column 7'")
-    note = f"data set 'train' is read sample by sample, not a batch at once: {why}"
+    note = f"data set 'train' is not read a batch at once: {why}"
     assert heard.notes == [[note]]
     run(experiment, registry=registry, runs=tmp_path / "runs")
     assert heard.notes == [[note], []], "a finished run reads nothing"

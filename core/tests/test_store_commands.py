@@ -229,7 +229,7 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path, verb):
 
 def test_nobody_has_to_have_stores_but_a_folder_that_is_named_is_to_be_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = "no stores in stores/; a stage with `store: true` makes one\n"
+    said = "no stores in stores/; a stage with teacher: {model: ..., store: true} makes one\n"
     assert command("ls") == (0, said)
     assert not (tmp_path / "stores").exists()
     assert command("ls", "--stores", "stores")[0] == 6

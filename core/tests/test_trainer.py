@@ -311,13 +311,23 @@ def test_what_is_worth_knowing_is_noted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight", "lowest"), [(-0.5, "-0.5"), ({"start": 0, "end": -2, "over": 3}, "-2")]
+    ("weight", "lowest"),
+    [
+        (-0.5, "-0.5"),
+        ({"start": 0, "end": -2, "over": 3}, "-1.33333"),
+        ({"start": -1, "end": 1, "after": 1}, "-1"),
+        ({"start": 1, "end": -1, "over": 8, "unit": "steps"}, "-0.5"),
+        ({"start": -1, "end": 1}, None),
+        ({"start": 1, "end": -3, "over": 4, "stop": 1}, None),
+    ],
 )
 def test_a_term_that_is_made_larger_is_noted(tmp_path, weight, lowest):
-    run = seed_run(tmp_path, {"criterion": {"ce": {"type": "CrossEntropyLoss", "weight": weight}}})
+    term = {"type": "CrossEntropyLoss", "weight": weight}
+    run = seed_run(tmp_path, {"epochs": 2, "criterion": {"ce": term}})
     train_stage(run, 0)
     ((event),) = run.tell.of("stage_start")
-    assert event.notes == [f"'ce' is made larger where its weight is negative ({lowest})"]
+    said = f"'ce' is made larger where its weight is negative (down to {lowest})"
+    assert event.notes == ([said] if lowest else [])
 
 
 COSINE = "CosineAnnealingLR has its lowest rate after T_max: "

@@ -95,10 +95,9 @@ def run(
     safetensors, and report.md.
     """
     from distill.experiment_file import open_experiment
-
-    experiment, registry = open_experiment(file, overrides, plugin_files)
     from distill.run_directory import forgotten_files
 
+    experiment, registry = open_experiment(file, overrides, plugin_files)
     registry.forgotten = forgotten_files(Path(runs) / experiment.name, plugin_files)
     if scale_lr is not None:
         from distill.config.lr_scaling import scale_learning_rates

@@ -129,7 +129,9 @@ def ls(stores: Path) -> None:
 
     source = click.get_current_context().get_parameter_source("stores")
     if source is ParameterSource.DEFAULT and not stores.exists():
-        click.echo(f"no stores in {stores}/; a stage with `store: true` makes one")
+        click.echo(
+            f"no stores in {stores}/; a stage with teacher: {{model: ..., store: true}} makes one"
+        )
         return
     found = entries(stores)
     others = [entry.name for entry in found if entry.state == "no store"]

@@ -89,10 +89,13 @@ class ConfigError(DistillError):
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Return ``"; did you mean a or b?"`` with the names nearest to ``name``, or an empty text."""
     names = list(known)
+    lowered = {each.lower(): each for each in names}
     near = difflib.get_close_matches(name, names, n=limit, cutoff=0.6)
-    lowered = {n.lower(): n for n in names}
     if name.lower() in lowered and lowered[name.lower()] not in near:
         near.insert(0, lowered[name.lower()])
+    if not near:
+        in_other_case = difflib.get_close_matches(name.lower(), lowered, n=limit, cutoff=0.6)
+        near = [lowered[each] for each in in_other_case]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -141,11 +141,12 @@ class Registry:
         elsewhere = "".join(f"; {hint}" for hint in self._elsewhere(kind, name))
         if elsewhere:
             return message + near + elsewhere
+        is_typo = bool(near) and _is_typo(name, self._of(kind))
         if self.forgotten:
             files = shlex.join(word for file in self.forgotten for word in ("-p", file))
             them = "them" if self.forgotten[1:] else "it"
+            message += near if is_typo else ""
             return f"{message}; the run was made with {files}: give {them} again"
-        is_typo = bool(near) and _is_typo(name, self._of(kind))
         if is_typo or any(record.is_file for record in self.records):
             return message + near
         return f"{message}{near}; {OWN_FILE}"

@@ -35,7 +35,7 @@ class Console(Observer):
         self._last_line = monotonic()
         self._seeds = 1
         self._on_gpu = False
-        self._told: set[tuple[int, int]] = set()
+        self._told: set[tuple[int, int, int]] = set()
 
     def run_start(self, event: RunStart) -> None:
         """Say what runs where."""
@@ -126,9 +126,9 @@ class Console(Observer):
 
     def _new(self, event: EpochEnd) -> str:
         """Return what has not been told yet of an epoch's skipped samples."""
-        stage = event.position.stage
-        new = [index for index in event.skipped if (stage, index) not in self._told]
-        self._told.update((stage, index) for index in new)
+        at = event.position.seed, event.position.stage
+        new = [index for index in event.skipped if (*at, index) not in self._told]
+        self._told.update((*at, index) for index in new)
         if not new:
             return "the same as before"
         some = f"{len(new):,} of them new, " if len(new) < len(event.skipped) else ""

@@ -20,7 +20,7 @@ def reading_notes(sources: Iterable[Source]) -> Iterator[str]:
         with randomness.seeded(0, "together"):
             why = _why_alone(source) if source.reads_together else ""
         if why:
-            yield f"data set '{source.name}' is read sample by sample, not a batch at once: {why}"
+            yield f"data set '{source.name}' is not read a batch at once: {why}"
 
 
 def _why_alone(source: Source) -> str:
@@ -35,4 +35,4 @@ def _why_alone(source: Source) -> str:
     except DataError:  # bad samples, of which the run tells
         return samples.alone
     failure = samples.failure.partition("\n")[0]
-    return f"its __getitems__ fails ({failure}); mend it or take it out"
+    return f"its __getitems__ fails on its first samples ({failure}); mend it or take it out"

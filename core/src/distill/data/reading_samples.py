@@ -26,6 +26,7 @@ TRIED = 2
 """So many samples that were read together are compared with themselves read one by one."""
 WAY_OUT = "data: {on_bad_sample: skip} passes over such samples"
 DRAWS = "it draws random numbers as it reads; let transforms draw in its place"
+CHANGES = "it gives other samples when it is read again; let transforms do what changes"
 DIFFERS = "its __getitems__ gives other samples than its __getitem__; let both give the same"
 INCOMPARABLE = "its samples cannot be compared; give tensors, arrays, images, numbers or text"
 Fingerprints = Literal["inputs", "all"]
@@ -208,7 +209,7 @@ class SeededSamples(Dataset[Item]):
         except DataError:
             return INCOMPARABLE
         if hashes[0] != hashes[1]:
-            return DRAWS
+            return CHANGES
         return DIFFERS if hashes[1] != hashes[2] else ""
 
 

@@ -95,7 +95,7 @@ class Source:
             items = self.dataset.__getitems__(list(indices))
             samples = [_sample(item) for item in items] if isinstance(items, list) else []
         except Exception as error:  # a plugin's
-            raise DataError(f"{type(error).__name__}: {error}") from error
+            raise DataError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
         if len(samples) != len(indices):
             raise DataError("it gives no list of as many items")
         return {

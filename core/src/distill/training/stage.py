@@ -94,12 +94,13 @@ def assemble(
     make = Maker(builder, stage, parts, seed, device, faults)
     assembly.auxiliary = make.auxiliary()
     assembly.terms = make.losses()
-    told = len(faults)
-    run = {
-        role: redesigned(builder, entry, roles[role], assembly.auxiliary, faults)
-        for role, entry in stage.roles.items()
-    }
-    are_rows_known = len(faults) == told
+    run: dict[str, nn.Module] = {}
+    unknown: set[str] = set()
+    for role, entry in stage.roles.items():
+        told = len(faults)
+        run[role] = redesigned(builder, entry, roles[role], assembly.auxiliary, faults)
+        if len(faults) > told:
+            unknown.add(role)
     for role, entry in stage.roles.items():
         try:
             special = special_module(builder, entry, run[role])
@@ -110,11 +111,11 @@ def assemble(
             assembly.specials[role] = special
     peers = {name: models[model] for name, model in stage.peers.items()}
     originals = {**roles, **peers}
-    wiring = Wiring(builder.experiment, stage, {**run, **peers}, originals, faults)
+    wiring = Wiring(builder.experiment, stage, {**run, **peers}, originals, faults, unknown)
     wiring.place(assembly.auxiliary)
     assembly.in_rows = [assembly.auxiliary[name] for name in wiring.placed]
     assembly.auxiliary.update(peers)
-    auxiliary = _auxiliary_calls(assembly, wiring, make, are_rows_known=are_rows_known)
+    auxiliary = _auxiliary_calls(assembly, wiring, make)
     adapting, terms = _term_calls(assembly, wiring, make)
     auxiliary, assembly.unasked = _asked([*auxiliary, *adapting], terms, wiring)
     if not faults:
@@ -214,19 +215,18 @@ def why_whole(stage: Stage, role: str) -> str | None:
     return "parallel: fsdp gathers whole forwards" if sharding.is_sharded(stage) else None
 
 
-def _auxiliary_calls(
-    assembly: Assembly, wiring: Wiring, make: Maker, *, are_rows_known: bool
-) -> list[Call]:
+def _auxiliary_calls(assembly: Assembly, wiring: Wiring, make: Maker) -> list[Call]:
     """Return the calls of auxiliary modules, less those that a redesigned model makes itself.
 
-    Where it has not come to be, modules without inputs may be meant for it.
+    Where it has not come to be, modules without inputs may be meant for it; and so may be one that
+    could not be built.
     """
     calls = []
     for name, described in assembly.stage.auxiliary.items():
         module = assembly.auxiliary.get(name)
         if described.module is not None:
             module = wiring.module(described)
-        is_fed = are_rows_known or bool(described.inputs)
+        is_fed = not wiring.unknown or bool(described.inputs)
         if module is None and is_built(described) and described.inputs:
             wiring.check_unbuilt(described, make.factory("auxiliary_modules", described.component))
         if module is not None and is_fed and name not in wiring.placed:

@@ -25,7 +25,7 @@ def stage_notes(assembly: Assembly, plan: Plan, rehearsal: Rehearsal) -> list[st
         *_controls(assembly),
         *_extents(assembly, rehearsal),
         *(f"{name} does not run: nothing is asked of it" for name in assembly.unasked),
-        *_maximised(assembly),
+        *_maximised(assembly, plan),
         *_begun_anew(assembly),
         *_adapters(assembly),
         *_frozen(assembly),
@@ -90,12 +90,20 @@ def _adapters(assembly: Assembly) -> Iterator[str]:
         yield f"the adapter of '{name}': {chosen} ({size})"
 
 
-def _maximised(assembly: Assembly) -> Iterator[str]:
+def _maximised(assembly: Assembly, plan: Plan) -> Iterator[str]:
+    epochs = assembly.stage.epochs
     for name, term in assembly.stage.criterion.items():
-        weight = term.weight
-        ends = (weight.start, weight.end) if isinstance(weight, WeightSchedule) else (weight,)
-        if min(ends) < 0:
-            yield f"'{name}' is made larger where its weight is negative ({min(ends):g})"
+        weight, lowest = term.weight, 0.0
+        if isinstance(weight, WeightSchedule):
+            length = epochs if weight.unit == "epochs" else epochs * plan.steps
+            # Between these it only rises or only falls.
+            turns = {0, weight.after - 1, weight.after, weight.after + weight.over - 1, length - 1}
+            turns |= {weight.stop - 1} if weight.stop is not None else set()
+            lowest = min(weight.at(n, n) for n in turns if 0 <= n < length)
+        else:
+            lowest = weight
+        if lowest < 0:
+            yield f"'{name}' is made larger where its weight is negative (down to {lowest:g})"
 
 
 def _begun_anew(assembly: Assembly) -> Iterator[str]:

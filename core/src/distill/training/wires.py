@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ from distill.reference import (
 )
 from distill.signature import wired_parameters
 
+NEW = object.__dict__["__new__"]
+"""Of classes that build nothing but themselves."""
+
 
 @dataclass
 class Wiring:
@@ -36,6 +39,7 @@ class Wiring:
     Attributes:
         models: by role, and peers of the student by name, as the stage runs them.
         originals: likewise, as they are otherwise.
+        unknown: roles whose model could not be redesigned, so that it is not known what it has.
         captures: role -> paths of what must be captured.
         parameters: name of a value -> the module and its parameter's or buffer's name.
         placed: auxiliary module that a redesigned model calls itself -> where its output is.
@@ -47,6 +51,7 @@ class Wiring:
     models: Mapping[str, nn.Module]
     originals: Mapping[str, nn.Module]
     faults: list[Fault]
+    unknown: Collection[str] = ()
     captures: dict[str, list[str]] = field(default_factory=dict)
     parameters: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     placed: dict[str, Address] = field(default_factory=dict)
@@ -104,10 +109,12 @@ class Wiring:
 
         Args:
             part: the module.
-            factory: what was to build it, if that is known; only a class tells what it takes.
+            factory: what was to build it, if that is known; a class tells what it takes by a
+                ``forward`` of its own.
         """
-        if isinstance(factory, type) and issubclass(factory, nn.Module):
-            self._arguments(part, partial(factory.forward, None))
+        forward = _forward_of(factory)
+        if forward is not None:
+            self._arguments(part, partial(forward, None))
             return
         for name, wires in part.inputs.items():
             self._source(wires, (*part.component.path, "inputs", name))
@@ -243,7 +250,8 @@ class Wiring:
             self.parameters[ref.text] = (module, key)
             return Address(ref.text, ref.text)
         if key and (ref.tap or not _may_have_part(module, key)):
-            self._fault(path, f"'{ref.text}': {unknown_module(model, ref.path)}")
+            if ref.owner not in self.unknown:
+                self._fault(path, f"'{ref.text}': {unknown_module(model, ref.path)}")
             return None
         behind = ref.keys or key
         keys = tuple(behind.split(".")) if behind else ()
@@ -281,6 +289,15 @@ def _path_in(model: nn.Module, module: nn.Module) -> str | None:
 def _has_tensor(module: nn.Module, name: str) -> bool:
     tensors: dict[str, Any] = {**module._parameters, **module._buffers}
     return tensors.get(name) is not None
+
+
+def _forward_of(factory: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Return the ``forward`` that what a class builds will have, if that is sure."""
+    if not isinstance(factory, type) or inspect.getattr_static(factory, "__new__") is not NEW:
+        return None
+    forward = inspect.getattr_static(factory, "forward", None)
+    is_own = inspect.isfunction(forward) and forward is not nn.Module.forward
+    return forward if is_own else None
 
 
 def _takes_any(forward: Callable[..., Any]) -> bool:

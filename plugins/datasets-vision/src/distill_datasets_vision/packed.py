@@ -175,8 +175,8 @@ class Packer:
 
         Raises:
             DataError: if there are bad samples and no ``on_bad``, or none that can be packed; at
-                once, if one is of a kind that is not packed, and then the folder is as it was
-                unless an image has been packed.
+                once, if one is of a kind that is not packed, and then no files are left unless an
+                image has been packed.
             FileExistsError: if there is something else in the folder.
         """
         _refuse_unless_free(folder)
