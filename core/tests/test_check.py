@@ -197,6 +197,31 @@ def test_a_fault_in_a_model_does_not_hide_those_of_the_stages_that_use_it(
     assert len(faults_of(text, registry)) == 3
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [("{type: ToyMLP, params: {hidden: 16}}", "{typ: ToyMLP}"), ("hidden: 16", "hiden: 16")],
+)
+def test_a_teacher_that_cannot_be_built_hides_no_fault_in_references_to_others(
+    experiment_text, registry, mistake
+):
+    text = experiment_text.replace(*mistake, 1)
+    text = text.replace("student.body", "student.bdy").replace(
+        "target: teacher.body", "target: teacher.x"
+    )
+    model, reference = faults_of(text, registry)
+    assert "models.wide" in model
+    assert "ToyMLP has no module 'bdy'" in reference
+
+
+def test_a_peer_that_cannot_be_built_has_no_inputs_that_are_faults(experiment_text, registry):
+    text = experiment_text.replace("  thin:", "  pal: {type: ToyMLP, params: {hiden: 4}}\n  thin:")
+    text = text.replace(
+        "      regressor:", "      pal: {model: pal, inputs: {inputs: inputs}}\n      regressor:"
+    )
+    (fault,) = faults_of(text, registry)
+    assert "models.pal" in fault
+
+
 def test_an_inherited_fault_is_told_once(experiment_text, registry):
     text = experiment_text.replace("type: SGD", "type: SDG") + "\n"
     third = "  - name: again\n    epochs: 1\ntest:"

@@ -226,6 +226,13 @@ def test_of_what_an_earlier_stage_trained_its_weights_can_be_chosen(distill, exp
     assert distill(*given).stdout.startswith(said)
 
 
+def test_an_average_that_no_stage_keeps_cannot_be_measured(distill, exp):
+    assert distill("run", exp).exit_code == 0
+    refused = distill("eval", "runs/toy", "--weights", "ema")
+    said = "error: stage distil keeps no average ('ema')\n"
+    assert (refused.exit_code, refused.output) == (2, said)
+
+
 @pytest.mark.parametrize("command", [("run", "exp.yaml"), ("eval", "runs/toy")])
 def test_a_run_is_gone_on_with_or_measured_only_with_the_file_it_was_made_with(
     distill, exp, experiment_text, toys, command

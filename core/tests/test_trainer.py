@@ -132,6 +132,15 @@ def test_a_teacher_below_its_min_accuracy_is_an_error_before_anything_trains(tmp
     assert not run.checkpoint.exists()
 
 
+def test_of_a_teacher_trained_before_that_is_not_good_enough_its_stage_is_named(tmp_path):
+    teaching = {"student": {"model": "wide"}}
+    taught = {"student": {"model": "mlp"}, "teacher": {"model": "wide", "min_accuracy": 1.0}}
+    run = seed_run(tmp_path, {**teaching, "epochs": 1}, taught)
+    train_stage(run, 0)
+    with pytest.raises(ConfigError, match=r"on 'val', less than 1; stage stage0 trained it"):
+        train_stage(run, 1)
+
+
 def test_a_teacher_that_is_good_enough_teaches(tmp_path):
     stage = {"student": {"model": "wide"}, "epochs": 20}
     distil = {"student": {"model": "mlp"}, "teacher": {"model": "wide", "min_accuracy": 0.8}}

@@ -386,6 +386,10 @@ def test_a_file_over_a_mebibyte_is_a_fault(tmp_path):
         ("a:\r\n- \ud800", r"2:3: the character U\+D800"),
         ("a: @b\n", "1:4: a text cannot start with '@'; put it in quotes"),
         ("a: b: c\n", "1:5: a ':' cannot stand here"),
+        (
+            "a b\nc: d\n",
+            "2:2: a ':' cannot stand here; check the indentation, whether the line before",
+        ),
         ("a: 1\nfoo\nb: 2\n", "2:1: not a 'key: value'"),
         ("a:\n    b: 1\n  c: 2\n", "3:3: does not fit what is above"),
         ('a: "\\d"\n', "1:6: unknown escape"),

@@ -125,6 +125,8 @@ def _why_untrained(experiment: Experiment, stage: Stage, model: str, directory: 
 def _file(stage: Stage, model: str, weights: str | None) -> tuple[str, str]:
     """Return which weights of a model that the stage trained are meant, and their file's name."""
     if stage.student.model == model:
+        if weights == "ema" and stage.ema is None:
+            raise UsageError(f"stage {stage.name} keeps no average ('ema')")
         return weights or stage.keep, weights or stage.keep
     if weights not in (None, "last"):
         raise UsageError(

@@ -209,7 +209,11 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
     (r"character (.+) that cannot start", "a text cannot start with {0}; put it in quotes"),
     ("could not find expected ':'", "not a 'key: value'; is there a ':' and a space after it?"),
     ("expected ',' or '(.)'", "',' or '{0}' is missing; the bracket opened in line {line}"),
-    ("mapping values", "a ':' cannot stand here; check the indentation, or quote the text"),
+    (
+        "mapping values",
+        "a ':' cannot stand here; check the indentation, whether the line before lacks a ':', or "
+        "quote the text",
+    ),
     ("sequence entries", "a list item '-' cannot stand here; check the indentation"),
     ("expected <block end>", "does not fit what is above; check indentation, quotes and brackets"),
     ("unexpected end of stream", "the quote that opens here is never closed"),

@@ -92,9 +92,9 @@ class _Checker:
         self._test_metrics()
 
     def _stage(self, stage: Stage, models: dict[str, nn.Module], parts: Parts) -> None:
+        assembly = assemble(self.builder, stage, models, parts, 0, META)
+        self.faults += assembly.faults
         if all(name in models for name in stage.models):
-            assembly = assemble(self.builder, stage, models, parts, 0, META)
-            self.faults += assembly.faults
             if assembly.distiller is not None:
                 assembly.distiller.release()
                 for role, teacher in stage.teachers.items():
@@ -105,9 +105,6 @@ class _Checker:
                     if any(address.value == role and not address.keys for address in asked):
                         self._stored_logits(teacher)
             self._selections(stage, assembly)
-        else:
-            for kind, component in _wired(stage):
-                self.faults += self.builder.faults(kind, component)
         if stage.optimizer.component.type:  # else it is missing, which is a fault of the frame
             self._optimization(stage)
         self._metrics(stage)

@@ -171,10 +171,13 @@ class Measuring:
         if accuracy is None:
             raise experiment.error(path, "needs 'accuracy' among the stage's metrics")
         if least is not None and accuracy < least:
+            before = experiment.stages[: experiment.stages.index(self.stage)]
+            trained = [stage.name for stage in before if stage.student.model == teacher.model]
+            why = f"stage {trained[-1]} trained it" if trained else "is its checkpoint right?"
             raise experiment.error(
                 path,
                 f"teacher '{teacher.model}' reaches an accuracy of only {accuracy:.4f} on "
-                f"'{self.stage.data.validate[0]}'; is its checkpoint right?",
+                f"'{self.stage.data.validate[0]}', less than {least:g}; {why}",
             )
 
 

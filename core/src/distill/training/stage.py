@@ -87,21 +87,26 @@ def assemble(
     """Wire a stage; modules that it inherits are taken from ``parts``, new ones are put there.
 
     Of teachers in the roles ``absent`` the models are there on the meta device, to be looked at.
+    Where a model is missing the stage is not put together, and what else is wrong with it is found.
     """
+    missing = {name for name in stage.models if name not in models}
+    models = {**models, **{name: nn.Module() for name in missing}}
     roles = {role: models[entry.instance] for role, entry in stage.roles.items()}
     assembly = Assembly(stage, roles, parts, absent=frozenset(absent))
     faults = assembly.faults
     make = Maker(builder, stage, parts, seed, device, faults)
     assembly.auxiliary = make.auxiliary()
     assembly.terms = make.losses()
-    run: dict[str, nn.Module] = {}
-    unknown: set[str] = set()
-    for role, entry in stage.roles.items():
+    run = dict(roles)
+    lost = {role for role, entry in stage.roles.items() if entry.instance in missing}
+    unknown = {*lost, *(name for name, model in stage.peers.items() if model in missing)}
+    present = {role: entry for role, entry in stage.roles.items() if role not in lost}
+    for role, entry in present.items():
         told = len(faults)
         run[role] = redesigned(builder, entry, roles[role], assembly.auxiliary, faults)
         if len(faults) > told:
             unknown.add(role)
-    for role, entry in stage.roles.items():
+    for role, entry in present.items():
         try:
             special = special_module(builder, entry, run[role])
         except ConfigError as error:
@@ -121,7 +126,7 @@ def assemble(
     if not faults:
         faults.extend(_idle_controls(builder, stage, [*auxiliary, *terms]))
         faults.extend(_unfit_for_fast(builder, stage, wiring))
-    if not faults:
+    if not faults and not missing:
         controls = {role: output_control(t.control, seed) for role, t in stage.teachers.items()}
         assembly.distiller = _distiller(assembly, wiring, auxiliary, terms, device, controls)
     return assembly
@@ -227,6 +232,9 @@ def _auxiliary_calls(assembly: Assembly, wiring: Wiring, make: Maker) -> list[Ca
         if described.module is not None:
             module = wiring.module(described)
         is_fed = not wiring.unknown or bool(described.inputs)
+        if name in wiring.unknown:
+            wiring.check_unbuilt(described, None)
+            continue
         if module is None and is_built(described) and described.inputs:
             wiring.check_unbuilt(described, make.factory("auxiliary_modules", described.component))
         if module is not None and is_fed and name not in wiring.placed:

@@ -39,7 +39,8 @@ class Wiring:
     Attributes:
         models: by role, and peers of the student by name, as the stage runs them.
         originals: likewise, as they are otherwise.
-        unknown: roles whose model could not be redesigned, so that it is not known what it has.
+        unknown: of ``models``, those that could not be built or redesigned, so that it is not known
+            what they have.
         captures: role -> paths of what must be captured.
         parameters: name of a value -> the module and its parameter's or buffer's name.
         placed: auxiliary module that a redesigned model calls itself -> where its output is.
@@ -85,6 +86,8 @@ class Wiring:
             return None
         model = self.originals[ref.owner]
         path, rest = split_path(model, ref.path)
+        if rest and ref.owner in self.unknown:
+            return None
         if rest:
             self._fault(place, f"'{ref.text}': {unknown_module(model, ref.path)}")
             return None
