@@ -213,6 +213,24 @@ def test_a_teacher_that_cannot_be_built_hides_no_fault_in_references_to_others(
     assert "ToyMLP has no module 'bdy'" in reference
 
 
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (("wide: {type", "wide: {tpye"), "models.wide"),
+        (("teacher: teacher.body", "teacher: teacher.bdy"), "'bdy'"),
+    ],
+)
+def test_an_adapter_of_what_is_not_found_is_no_fault_of_its_own(
+    experiment_text, registry, mistake, said
+):
+    adapted = "{type: Distance, adapter: auto, inputs: {student: student.body, teacher: TEACHER}}"
+    text = experiment_text.replace("{type: Distance, weight: 0.5}", adapted)
+    text = text.replace("TEACHER", "teacher.body:input" if "wide" in said else "teacher.body")
+    assert faults_of(text, registry) == []
+    (fault,) = faults_of(text.replace(*mistake), registry)
+    assert said in fault
+
+
 def test_a_peer_that_cannot_be_built_has_no_inputs_that_are_faults(experiment_text, registry):
     text = experiment_text.replace("  thin:", "  pal: {type: ToyMLP, params: {hiden: 4}}\n  thin:")
     text = text.replace(

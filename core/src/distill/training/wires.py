@@ -130,7 +130,8 @@ class Wiring:
                 "finds nothing to adapt: 'inputs' has to wire features of the student, as "
                 "'student_features', and the teacher's beside them, as 'teacher_features'"
             )
-            self._fault((*term.component.path, "adapter"), message)
+            if term.inputs.keys() <= call.arguments.keys():  # else that is told already
+                self._fault((*term.component.path, "adapter"), message)
             return [call]
         value = f"{name}.adapter"
         features: list[Address] = []
