@@ -320,7 +320,9 @@ MODULES = "{modules: [body, {auxiliary: ext}]}"
 ROW = f"student: {{model: thin, redesign: {{type: sequential, params: {MODULES}}}}}"
 
 
-def test_of_a_row_that_cannot_be_built_nothing_that_follows_is_told(experiment_text, registry):
+def test_what_stands_in_a_row_that_cannot_be_built_is_not_told_to_be_missing(
+    experiment_text, registry
+):
     text = experiment_text.replace("student: {model: thin}", ROW)
     ext = "      ext: {type: Linear, params: {in_features: 4, out_feature: 4}}\n      regressor:"
     text = text.replace("      regressor:", ext).replace(

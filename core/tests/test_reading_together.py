@@ -453,7 +453,8 @@ def without_column(items):
     return [Sample(item.input, item.target, extras={"more": Untold()}) for item in items]
 
 
-FAILS = "its __getitems__ fails on its first samples ({}); mend it or take it out"
+ALONE = "it is not read a batch at once: "
+FAILS = "its __getitems__ fails on the first samples ({}); mend it or take it out"
 
 
 @pytest.mark.parametrize(
@@ -461,16 +462,16 @@ FAILS = "its __getitems__ fails on its first samples ({}); mend it or take it ou
     [
         (Wrong(fail), FAILS.format("ValueError: no column 7")),
         (Wrong(lambda items: items[:-1]), FAILS.format("it gives no list of as many items")),
-        (Wrong(lambda items: items[::-1]), DIFFERS),
-        (Wrong(without_column), INCOMPARABLE),
-        (Drawing(random.random), DRAWS),
-        (Drawing(forked), CHANGES),
+        (Wrong(lambda items: items[::-1]), ALONE + DIFFERS),
+        (Wrong(without_column), ALONE + INCOMPARABLE),
+        (Drawing(random.random), ALONE + DRAWS),
+        (Drawing(forked), ALONE + CHANGES),
     ],
     ids=["fails", "no list", "others", "no comparison", "draws", "changes"],
 )
 def test_a_data_set_that_is_not_read_together_is_told_with_the_reason(data, why):
     told = list(reading_notes([Source("photos", data)]))
-    assert told == [f"data set 'photos' is not read a batch at once: {why}"]
+    assert told == [f"data set 'photos': {why}"]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +519,7 @@ def test_a_run_tells_once_what_is_read_one_by_one(tmp_path, workers):
     experiment = toy_experiment(tmp_path, stage, {}, **keys)
     run(experiment, registry=registry, runs=tmp_path / "runs")
     why = FAILS.format("KeyError: 'column 7'")
-    note = f"data set 'train' is not read a batch at once: {why}"
+    note = f"data set 'train': {why}"
     assert heard.notes == [[note]]
     run(experiment, registry=registry, runs=tmp_path / "runs")
     assert heard.notes == [[note], []], "a finished run reads nothing"

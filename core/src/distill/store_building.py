@@ -93,7 +93,7 @@ def _stages(experiment: Experiment, name: str | None) -> list[Stage]:
         before = experiment.stages[: experiment.stages.index(stage)]
         for role, teacher in stage.teachers.items():
             for other in before:
-                if teacher.model in (other.student.model, *other.peers.values()):
+                if teacher.model in other.trains:
                     message = (
                         f"'{role}' is trained by stage '{other.name}'; `distill run` stores what "
                         "it gives as it trains. To store it ahead, give its model a "

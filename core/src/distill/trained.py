@@ -109,9 +109,9 @@ def _model_name(experiment: Experiment, stage: Stage, name: str) -> str:
 
 
 def _stages_that_train(experiment: Experiment, last: Stage, model: str) -> list[Stage]:
-    """Return the stages up to ``last`` whose student, or a peer of it, is ``model``."""
+    """Return the stages up to ``last`` that train ``model``."""
     upto = experiment.stages[: experiment.stages.index(last) + 1]
-    return [stage for stage in upto if model in (stage.student.model, *stage.peers.values())]
+    return [stage for stage in upto if model in stage.trains]
 
 
 def _why_untrained(experiment: Experiment, stage: Stage, model: str, directory: Path | None) -> str:

@@ -47,3 +47,10 @@ class WeightSchedule:
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * done
+
+    def lowest(self, length: int) -> float:
+        """Return the least weight in so many epochs or steps, whichever are counted."""
+        # Between these it only rises or only falls.
+        turns = {0, self.after - 1, self.after, self.after + self.over - 1, length - 1}
+        turns |= {self.stop - 1} if self.stop is not None else set()
+        return min(self.at(n, n) for n in turns if 0 <= n < length)

@@ -46,7 +46,7 @@ def stages_that_differ(experiment: Experiment, controlled: Experiment) -> list[s
         follows = models.intersection(stage.models) or _origins(stage).intersection(names)
         if follows or stage.teachers != other.teachers:
             names.append(stage.name)
-            models.update([stage.student.model, *stage.peers.values()])
+            models.update(stage.trains)
             models.update(t.model for t in stage.teachers.values() if t.mode == "train")
     return names
 

@@ -343,6 +343,11 @@ class Stage:
         return {name: model for name, model in self.peers.items() if fed[name] == ["inputs"]}
 
     @property
+    def trains(self) -> list[str]:
+        """The models that the stage trains: its student, and those beside it."""
+        return [self.student.model, *self.peers.values()]
+
+    @property
     def models(self) -> list[str]:
         """The models that the stage runs, as ``Role.instance``, each one once, student first."""
         named = [role.instance for role in self.roles.values()]

@@ -172,7 +172,7 @@ class Measuring:
             raise experiment.error(path, "needs 'accuracy' among the stage's metrics")
         if least is not None and accuracy < least:
             before = experiment.stages[: experiment.stages.index(self.stage)]
-            trained = [stage.name for stage in before if stage.student.model == teacher.model]
+            trained = [stage.name for stage in before if teacher.model in stage.trains]
             why = f"stage {trained[-1]} trained it" if trained else "is its checkpoint right?"
             raise experiment.error(
                 path,

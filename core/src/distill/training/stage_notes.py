@@ -93,15 +93,9 @@ def _adapters(assembly: Assembly) -> Iterator[str]:
 def _maximised(assembly: Assembly, plan: Plan) -> Iterator[str]:
     epochs = assembly.stage.epochs
     for name, term in assembly.stage.criterion.items():
-        weight, lowest = term.weight, 0.0
-        if isinstance(weight, WeightSchedule):
-            length = epochs if weight.unit == "epochs" else epochs * plan.steps
-            # Between these it only rises or only falls.
-            turns = {0, weight.after - 1, weight.after, weight.after + weight.over - 1, length - 1}
-            turns |= {weight.stop - 1} if weight.stop is not None else set()
-            lowest = min(weight.at(n, n) for n in turns if 0 <= n < length)
-        else:
-            lowest = weight
+        lowest = term.weight
+        if isinstance(lowest, WeightSchedule):
+            lowest = lowest.lowest(epochs if lowest.unit == "epochs" else epochs * plan.steps)
         if lowest < 0:
             yield f"'{name}' is made larger where its weight is negative (down to {lowest:g})"
 

@@ -70,7 +70,7 @@ def may_stay_unloaded(builder: Builder, name: str) -> bool:
     if described is None or described.checkpoint is None or described.redesign is not None:
         return False
     for stage in experiment.stages:
-        if name in (stage.student.model, *stage.peers.values()):
+        if name in stage.trains:
             return False
         if any(t.instance == name and t.store is None for t in stage.teachers.values()):
             return False

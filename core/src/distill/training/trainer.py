@@ -55,7 +55,7 @@ def train_stage(run: SeedRun, number: int, state: Mapping[str, Any] | None = Non
         NumericalError: if a gradient becomes infinite or not a number.
     """
     stage = run.builder.experiment.stages[number]
-    run.trained.update([stage.student.model, *stage.peers.values()])
+    run.trained.update(stage.trains)
     run.trained.update(t.instance for t in stage.teachers.values() if t.mode == "train")
     forget_peak_memory(run.device)
     with ExitStack() as stack:
